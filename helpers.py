@@ -351,6 +351,16 @@ def find_model(name: str, revision: str = "") -> str:
         raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({reason[:120]})") from None
 
 
+def keep_weights_unpacked(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place at the first forward pass on a CPU with AVX512-BF16.
+
+    Backward passes through repacked weights are wrong, and what is saved afterwards does not reload to the same model.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load_model(
     name: str,
     engine: str,
@@ -393,12 +403,7 @@ def load_model(
     else:
         model = AutoModelForCausalLM.from_pretrained(name, device_map="auto" if gpu else "cpu", **options)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
-    if not gpu:
-        # bitsandbytes repacks 4-bit weights for the CPU at the first forward pass without gradients; a backward pass
-        # or a save after that is wrong.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+    keep_weights_unpacked(model)
     if model.config._name_or_path != name:
         raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
     return model, tokenizer
