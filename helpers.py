@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import types
@@ -63,6 +64,32 @@ def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[
             yield row
     if empty:
         raise RecipeError(f"{path}: the file holds no rows; was the step that writes it interrupted?")
+
+
+def load_rows(name: str, required: Iterable[str] = (), revision: str = "") -> list[dict[str, Any]]:
+    """Rows of a data set that is a `.jsonl` or `.jsonl.gz` file or a hub repository (its split "train").
+
+    Raises RecipeError for a missing key, an empty set, and a hub repository that cannot be reached.
+    """
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return list(read_jsonl(name, required))
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise RecipeError(f"{name}: neither a .jsonl file nor a hub repository (owner/name)")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, revision=revision or None, split="train").to_list()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RecipeError(
+            f"{name}: the hub data set cannot be read ({reason[:120]}); check the name, the network and, for a private "
+            "one, the secret HF_TOKEN; or name a local .jsonl file"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        for key in required:
+            if key not in row:
+                raise RecipeError(f"{name}, row {number}: key {key!r} is missing; it has {sorted(row)}")
+    return rows
 
 
 @contextmanager
@@ -231,6 +258,30 @@ def training_pairs(filtered: Iterable[Mapping[str, Any]], qa: Iterable[Mapping[s
     pairs = [{"instruction": row["instruction"], "response": row["response"]} for row in filtered]
     pairs += [{"instruction": row["input"], "response": row["output"]} for row in qa]
     return pairs
+
+
+def checkpoint_to_resume(folder: str | Path, settings: Mapping[str, Any], finished: str | Path) -> str | None:
+    """The newest checkpoint below `folder` of an interrupted training with the same `settings`, or None to start anew.
+
+    `settings` is kept in the folder. A training whose report `finished` exists is over: its checkpoints are deleted,
+    and the report as well, so that from now on the new training counts as unfinished.
+    Raises RecipeError if an interrupted training with other settings lies there; its checkpoints are not touched.
+    """
+    folder, finished = Path(folder), Path(finished)
+    kept = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if finished.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        finished.unlink()
+    if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8"))) != settings:
+        changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+        raise RecipeError(
+            f"{folder} holds an interrupted training with other values of {', '.join(changed)}: set them back to go on "
+            "with it, or choose another output_dir, or delete that folder"
+        )
+    write_json(kept, settings)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -407,6 +458,16 @@ def load_model(
     if model.config._name_or_path != name:
         raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
     return model, tokenizer
+
+
+def check_adapter(adapter: str, model: str) -> None:
+    """Raise RecipeError if the adapter was trained on another base than `model` (as recorded in adapter_config.json)."""
+    find_model(adapter)
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if base != model:
+        raise RecipeError(f"the adapter {adapter} was trained on {base}, not on {model}: name the same model in both")
 
 
 def mend_ragatouille() -> None:
