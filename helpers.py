@@ -67,7 +67,7 @@ def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[
 
 
 def load_rows(name: str, required: Iterable[str] = (), revision: str = "") -> list[dict[str, Any]]:
-    """Rows of a data set that is a `.jsonl` or `.jsonl.gz` file or a hub repository (its split "train").
+    """Rows of a data set: a `.jsonl` or `.jsonl.gz` file, or a hub repository (its split "train", or its first).
 
     Raises RecipeError for a missing key, an empty set, and a hub repository that cannot be reached.
     """
@@ -78,7 +78,8 @@ def load_rows(name: str, required: Iterable[str] = (), revision: str = "") -> li
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, revision=revision or None, split="train").to_list()
+        splits = load_dataset(name, revision=revision or None)
+        rows = splits.get("train", next(iter(splits.values()))).to_list()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RecipeError(
@@ -302,17 +303,21 @@ QUESTION = "### 質問:\n{input}\n\n### 回答:\n"
 BANNED_WORDS = ("質問", "###", "#", "##", "---", "<h3>", "filepath", "> ")
 
 
-def read_tasks(path: str | Path) -> list[dict[str, Any]]:
-    """Read the tasks (task_id, input, …) in file order; RecipeError names the line of a repeated task_id."""
-    tasks = list(read_jsonl(path, required=("task_id", "input")))
+def read_tasks(name: str) -> list[dict[str, Any]]:
+    """The tasks of a file or hub data set, in its order: rows with `input` and `task_id` (if missing: the position from 0).
+
+    Raises RecipeError that names both rows of a repeated task_id.
+    """
+    tasks = load_rows(name, required=("input",))
     first: dict[Any, int] = {}
-    for position, task in enumerate(tasks, start=1):
-        if task["task_id"] in first:
+    for position, task in enumerate(tasks):
+        task_id = task.setdefault("task_id", position)
+        if task_id in first:
             raise RecipeError(
-                f"{path}: row {position} repeats task_id {task['task_id']!r} of row {first[task['task_id']]}; "
+                f"{name}: row {position + 1} repeats task_id {task_id!r} of row {first[task_id] + 1}; "
                 "give every task its own id"
             )
-        first[task["task_id"]] = position
+        first[task_id] = position
     return tasks
 
 
@@ -461,7 +466,7 @@ def load_model(
 
 
 def check_adapter(adapter: str, model: str) -> None:
-    """Raise RecipeError if the adapter was trained on another base than `model` (as recorded in adapter_config.json)."""
+    """Raise RecipeError if the adapter was trained on another base than `model` (see its adapter_config.json)."""
     find_model(adapter)
     from peft import PeftConfig
 
