@@ -1,6 +1,6 @@
 """Run the notebooks in order with papermill: `python run.py data/runs/smoke.yaml`.
 
-A run file holds an `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
+A run file holds `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
 What is finished (<output_dir>/run.json) is skipped until its code, helpers.py, a parameter, a file that a parameter
 names or the notebook before it changes. Executed notebooks are kept in <output_dir>/notebooks/.
 """
@@ -19,20 +19,14 @@ import nbformat
 import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 
 from helpers import RecipeError, sha256_file, write_json
 
-NUMBERS = ("01", "02", "03", "04")
-Values = dict[str, object]
-Notebooks = dict[str, tuple[str, Values]]  # name: (code, defaults)
 
-
-def read_notebook(path: Path) -> tuple[str, Values]:
-    """A notebook's code, and the values that its cell tagged `parameters` assigns."""
+def read_notebook(path: Path) -> tuple[str, dict]:
+    """A notebook's code, and what its cell tagged `parameters` assigns (papermill itself gives the values as text)."""
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     tagged = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    # papermill.inspect_notebook gives the values as text and skips a line whose comment holds a "=".
     assigned = [node for node in ast.parse(tagged).body if isinstance(node, ast.Assign)]
     return "\n".join(c.source for c in cells), {n.targets[0].id: ast.literal_eval(n.value) for n in assigned}
 
@@ -46,33 +40,33 @@ def typed(key: str, value: object, default: object) -> object:
     raise RecipeError(f"{key} must be {type(default).__name__} like {default!r}, not {value!r}")
 
 
-def read_run(path: Path, sets: list[str], notebooks: Notebooks) -> Values:
+def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]) -> dict:
     """`NOTEBOOK.PARAMETER: value` for every parameter: default, then run file, then `--set`; RecipeError if unknown."""
     defaults = {f"{name}.{key}": value for name, (_, values) in notebooks.items() for key, value in values.items()}
     try:
         run = yaml.safe_load(path.read_text(encoding="utf-8"))
-        wanted = {f"{name}.output_dir": run["output_dir"] for name in notebooks}
-        wanted |= {
-            f"{name}.{k}": v for name, part in run.items() if name != "output_dir" for k, v in (part or {}).items()
-        }
+        wanted = dict.fromkeys([f"{name}.output_dir" for name in notebooks], run.pop("output_dir"))
+        wanted |= {f"{name}.{key}": value for name, part in run.items() for key, value in (part or {}).items()}
+        for text in sets:
+            key, _, value = text.partition("=")
+            matching = [known for known in defaults if key in (known, known.partition(".")[2])]
+            wanted |= dict.fromkeys(matching or [key], yaml.safe_load(value))
     except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
-        raise RecipeError(f"{path}: not a run file with `output_dir: NAME` and a section a notebook: {error}") from None
-    for text in sets:
-        key, _, value = text.partition("=")
-        matching = [known for known in defaults if key in (known, known.partition(".")[2])]
-        wanted |= dict.fromkeys(matching or [key], yaml.safe_load(value))
+        raise RecipeError(
+            f"{path} or --set cannot be read, `output_dir: NAME` and a section a notebook: {error}"
+        ) from None
     for key in wanted.keys() - defaults.keys():
         close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
         raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
     return {key: typed(key, wanted.get(key, default), default) for key, default in defaults.items()}
 
 
-def execute(source: Path, executed: Path, parameters: Values) -> float:
+def execute(source: Path, executed: Path, parameters: dict) -> float:
     """Run one notebook and return the seconds; RecipeError names the cell that failed and its error."""
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         return papermill.execute_notebook(source, executed, parameters).metadata.papermill.duration
-    except (PapermillExecutionError, DeadKernelError) as error:
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
         # papermill notes "exception", true or false, on every cell that it has started: the last of them failed.
         cells = [cell for cell in nbformat.read(executed, 4).cells if "papermill" in cell.metadata]
         cell = [cell for cell in cells if cell.metadata.papermill.exception is not None][-1]
@@ -82,7 +76,7 @@ def execute(source: Path, executed: Path, parameters: Values) -> float:
         raise RecipeError(f"{where}: {what}\n{executed} shows it") from None
 
 
-def why_run(record: Values, parts: Values, executed: Path) -> str:
+def why_run(record: dict, parts: dict, executed: Path) -> str:
     """Why a notebook has to run; "" if it is finished."""
     old = record.get("parts", {})
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
@@ -91,7 +85,9 @@ def why_run(record: Values, parts: Values, executed: Path) -> str:
     return f"{executed} is missing or holds an error" if failed else ""
 
 
-def run_series(output_dir: Path, chosen: Values, notebooks: Notebooks, args: argparse.Namespace) -> None:
+def run_series(
+    output_dir: Path, chosen: dict, notebooks: dict[str, tuple[str, dict]], args: argparse.Namespace
+) -> None:
     """Run the selected notebooks of one run file that are not finished; with --dry-run only say which and why."""
     run_json, fingerprint = output_dir / "run.json", ""
     records = json.loads(run_json.read_text(encoding="utf-8")) if run_json.is_file() else {}
@@ -110,8 +106,7 @@ def run_series(output_dir: Path, chosen: Values, notebooks: Notebooks, args: arg
         if args.dry_run:
             print("".join(f"    {key}={v!r}\n" for key, v in parameters.items() if v != defaults[key]), end="")
         elif why:
-            records.pop(name, None)  # before it starts: an interrupted notebook is not finished
-            write_json(run_json, records)
+            write_json(run_json, {k: v for k, v in records.items() if k != name})  # if interrupted, it is not finished
             seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
             records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts}
             write_json(run_json, records)
@@ -132,8 +127,10 @@ def table(output_dir: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_files", nargs="+", type=Path, metavar="RUN.yaml", help="data/runs/smoke.yaml")
-    parser.add_argument("--only", choices=NUMBERS, help="run this notebook alone")
-    parser.add_argument("--from", choices=NUMBERS, dest="start", default="01", help="run from this notebook on")
+    parser.add_argument("--only", choices=["01", "02", "03", "04"], help="run this notebook alone")
+    parser.add_argument(
+        "--from", choices=["01", "02", "03", "04"], dest="start", default="01", help="run from this notebook on"
+    )
     parser.add_argument("--set", action="append", default=[], help="r=32 or 03_sft.r=32; repeatable")
     parser.add_argument("--force", action="store_true", help="run also what is finished")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
