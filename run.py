@@ -1,0 +1,155 @@
+"""Run the notebooks in order with papermill: `python run.py data/runs/smoke.yaml`.
+
+A run file holds `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
+What is finished (<output_dir>/run.json) is skipped until its code, helpers.py, a parameter, a file that a parameter
+names or the notebook before it changes. Executed notebooks are kept in <output_dir>/notebooks/.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+
+from helpers import RecipeError, sha256_file, write_json
+
+
+def read_notebook(path: Path) -> tuple[str, dict]:
+    """A notebook's code, and what its cell tagged `parameters` assigns (papermill itself gives the values as text)."""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    tagged = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    assigned = [node for node in ast.parse(tagged).body if isinstance(node, ast.Assign)]
+    return "\n".join(c.source for c in cells), {n.targets[0].id: ast.literal_eval(n.value) for n in assigned}
+
+
+def typed(key: str, value: object, default: object) -> object:
+    """`value` if its type fits the default's (YAML reads 2e-4 as text: it becomes the number), else RecipeError."""
+    if isinstance(default, float) and re.fullmatch(r"\d+e[+-]?\d+", str(value)):
+        value = float(value)
+    if type(value) is type(default) or {type(value), type(default)} == {int, float}:
+        return value
+    raise RecipeError(f"{key} must be {type(default).__name__} like {default!r}, not {value!r}")
+
+
+def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]) -> dict:
+    """`NOTEBOOK.PARAMETER: value` for every parameter: default, then run file, then `--set`; RecipeError if unknown."""
+    defaults = {f"{name}.{key}": value for name, (_, values) in notebooks.items() for key, value in values.items()}
+    try:
+        run = yaml.safe_load(path.read_text(encoding="utf-8"))
+        wanted = dict.fromkeys([f"{name}.output_dir" for name in notebooks], run.pop("output_dir"))
+        wanted |= {f"{name}.{key}": value for name, part in run.items() for key, value in (part or {}).items()}
+        for text in sets:
+            key, _, value = text.partition("=")
+            matching = [known for known in defaults if key in (known, known.partition(".")[2])]
+            wanted |= dict.fromkeys(matching or [key], yaml.safe_load(value))
+    except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        raise RecipeError(
+            f"{path} or --set cannot be read, `output_dir: NAME` and a section a notebook: {error}"
+        ) from None
+    for key in wanted.keys() - defaults.keys():
+        close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
+        raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
+    return {key: typed(key, wanted.get(key, default), default) for key, default in defaults.items()}
+
+
+def execute(source: Path, executed: Path, parameters: dict) -> float:
+    """Run one notebook and return the seconds; RecipeError names the cell that failed and its error."""
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return papermill.execute_notebook(source, executed, parameters).metadata.papermill.duration
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
+        # papermill notes "exception", true or false, on every cell that it has started: the last of them failed.
+        cells = [cell for cell in nbformat.read(executed, 4).cells if "papermill" in cell.metadata]
+        cell = [cell for cell in cells if cell.metadata.papermill.exception is not None][-1]
+        number = [c.id for c in nbformat.read(source, 4).cells].index(cell.id) + 1
+        where = f"{source.stem}, cell {number} (id {cell.id}, `{cell.source.splitlines()[0]}`)"
+        what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{error} (out of memory?)"
+        raise RecipeError(f"{where}: {what}\n{executed} shows it") from None
+
+
+def why_run(record: dict, parts: dict, executed: Path) -> str:
+    """Why a notebook has to run; "" if it is finished."""
+    old = record.get("parts", {})
+    if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
+        return f"changed: {', '.join(changed)}" if old else "not finished yet"
+    failed = not executed.is_file() or nbformat.read(executed, 4).metadata.papermill.exception
+    return f"{executed} is missing or holds an error" if failed else ""
+
+
+def run_series(
+    output_dir: Path, chosen: dict, notebooks: dict[str, tuple[str, dict]], args: argparse.Namespace
+) -> None:
+    """Run the selected notebooks of one run file that are not finished; with --dry-run only say which and why."""
+    run_json, fingerprint = output_dir / "run.json", ""
+    records = json.loads(run_json.read_text(encoding="utf-8")) if run_json.is_file() else {}
+    for name, (code, defaults) in notebooks.items():
+        if name[:2] < args.start or args.only not in (None, name[:2]):
+            fingerprint = records.get(name, {}).get("fingerprint", "")
+            continue
+        parameters = {key: chosen[f"{name}.{key}"] for key in defaults}
+        parts = {"code": hashlib.sha256(code.encode()).hexdigest(), "helpers.py": sha256_file("helpers.py")}
+        parts |= {"the notebook before": fingerprint, **parameters}
+        parts |= {f"text of {v}": sha256_file(v) for v in parameters.values() if os.path.isfile(str(v))}
+        fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        executed = output_dir / "notebooks" / f"{name}.ipynb"
+        why = "--force" if args.force else why_run(records.get(name, {}), parts, executed)
+        print(f"{name}: {f'run, {why}' if why else 'finished, skipped'}", flush=True)
+        if args.dry_run:
+            print("".join(f"    {key}={v!r}\n" for key, v in parameters.items() if v != defaults[key]), end="")
+        elif why:
+            write_json(run_json, {k: v for k, v in records.items() if k != name})  # if interrupted, it is not finished
+            seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
+            records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts}
+            write_json(run_json, records)
+
+
+def table(output_dir: Path) -> str:
+    """What the notebooks reported, a line each; what is missing is left out."""
+    reports = [output_dir / f"{name}.json" for name in ("filter_report", "sft_metrics", "inference_metrics", "run")]
+    rows, loss, tasks, runs = (json.loads(p.read_text(encoding="utf-8")) if p.is_file() else {} for p in reports)
+    lines = [f"rows kept: {rows['rows_kept']} of {rows['rows_in']}"] if rows else []
+    lines += [f"rows dropped, {reason}: {count}" for reason, count in rows.get("dropped", {}).items()]
+    lines += [f"loss, first and last: {loss['first_loss']:.3f} {loss['last_loss']:.3f}"] if loss else []
+    lines += [f"tasks answered: {tasks['answered']} of {tasks['tasks']} in {output_dir}/output.jsonl"] if tasks else []
+    lines += [f"seconds, {name}: {run['seconds']:.0f}" for name, run in runs.items()]
+    return "\n".join("{:<36} {}".format(*line.split(": ", 1)) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_files", nargs="+", type=Path, metavar="RUN.yaml", help="data/runs/smoke.yaml")
+    parser.add_argument("--only", choices=["01", "02", "03", "04"], help="run this notebook alone")
+    parser.add_argument(
+        "--from", choices=["01", "02", "03", "04"], dest="start", default="01", help="run from this notebook on"
+    )
+    parser.add_argument("--set", action="append", default=[], help="r=32 or 03_sft.r=32; repeatable")
+    parser.add_argument("--force", action="store_true", help="run also what is finished")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    args = parser.parse_args()
+    os.chdir(Path(__file__).resolve().parent)
+    # The kernel "python3" shall be this interpreter's, also where the user has installed another environment's.
+    os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter{os.pathsep}{os.environ.get('JUPYTER_PATH', '')}"
+    notebooks = {path.stem: read_notebook(path) for path in sorted(Path("notebooks").glob("0*.ipynb"))}
+    try:
+        runs = [read_run(path, args.set, notebooks) for path in args.run_files]
+        runs_by_directory = {Path(chosen[f"{min(notebooks)}.output_dir"]): chosen for chosen in runs}
+        if len(runs_by_directory) < len(runs):
+            raise RecipeError("two of the run files have the same output_dir; give each its own")
+        for output_dir, chosen in runs_by_directory.items():
+            run_series(output_dir, chosen, notebooks, args)
+            print(table(output_dir))
+    except RecipeError as error:
+        sys.exit(f"run.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
