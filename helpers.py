@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def parse_line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
 
     try:
         row = orjson.loads(line)
-        if _holds_float(row):  # orjson turns an integer of 20 digits or more into a float
+        if type(row) is dict and _holds_float(row):  # orjson turns an integer of 20 digits or more into a float
             row = json.loads(line)
     except ValueError:
         try:
@@ -83,11 +83,11 @@ def parse_line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _holds_float(value: Any) -> bool:
-    if type(value) is dict:
-        value = value.values()
-    elif type(value) is not list:
-        return type(value) is float
-    return any(type(item) is not str and _holds_float(item) for item in value)
+    for item in value.values() if type(value) is dict else value:
+        kind = type(item)
+        if kind is float or ((kind is dict or kind is list) and _holds_float(item)):
+            return True
+    return False
 
 
 def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
@@ -106,12 +106,15 @@ def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[TextIO]:
-    """Open `path` for writing UTF-8 text so that the file appears only when complete (written beside, then renamed)."""
+def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
+    """Open `path` for writing so that the file appears only when complete (written beside, then renamed).
+
+    UTF-8 text, or bytes with `binary`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
+    with open(part, "wb") if binary else open(part, "w", encoding="utf-8", newline="\n") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -339,10 +342,32 @@ class FilterRules:
 
     def clean(self, text: str) -> str:
         """The text after the replacements, one after the other in their order."""
-        if self.guard(text):
-            for old, new in self.settings.replacements:
-                text = text.replace(old, new)
+        for old, new in self.settings.replacements:
+            text = text.replace(old, new)
         return text
+
+    def apply(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, dict[int, list[tuple[str, str]]]]:
+        """Clean texts and find what forbids them.
+
+        Returns the cleaned texts, all their code points one after the other, and by index of a text the
+        (reason, matched string) of every rule it breaks.
+        """
+        texts, hits = list(texts), defaultdict(list)
+        for index, text in enumerate(texts):
+            if self.guard(text):
+                texts[index] = self.clean(text)
+                hits[index] += [("ng string", string) for string in self.strings if string in texts[index]]
+        codes = code_points(texts)
+        at = np.flatnonzero(self.reason_of[codes])
+        owner = np.searchsorted(np.cumsum([len(text) for text in texts]), at, side="right")
+        for pair in np.unique(owner << 21 | codes[at]).tolist():  # a code point has 21 bits
+            code = pair & 0x1FFFFF
+            hits[pair >> 21].append((REASONS[self.reason_of[code]], _character(code)))
+        return texts, codes, hits
+
+
+def _character(code: int) -> str:
+    return f"U+{code:04X}" if 0xD800 <= code <= 0xDFFF else chr(code)  # half a surrogate pair cannot be written
 
 
 def not_japanese(texts: Mapping[str, str], percent: int) -> Problem | None:
@@ -377,45 +402,35 @@ def filter_shard(shard: Shard, settings: FilterSettings, rare: str) -> tuple[dic
     Returns statistics for `finish_filter` (a JSON object), the lines of the rows kept, and those of the rows dropped.
     """
     rules = _compiled(settings, rare)
-    rows, problems, hits = [], {}, defaultdict(list)
-    texts, owners, fields = [], [], []  # of every text: itself, the index of its row, its field
-    for index, (number, line) in enumerate(shard.lines):
-        row = parse_line(shard.source, number, line)
-        judged, problems[index] = judged_texts(row, settings)
-        for field, text in judged.items():
-            if rules.guard(text):
-                judged[field] = rules.clean(text)
-                hits[index] += [("ng string", field, string) for string in rules.strings if string in judged[field]]
-            texts.append(judged[field])
-            owners.append(index)
-            fields.append(field)
-        rows.append((row, judged))
-
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    ends, codes = lengths.cumsum(), code_points(texts)
-    at = np.flatnonzero(rules.reason_of[codes])
-    for pair in np.unique(np.searchsorted(ends, at, side="right") << 21 | codes[at]).tolist():
-        text, code = pair >> 21, pair & 0x1FFFFF
-        hits[owners[text]].append((REASONS[rules.reason_of[code]], fields[text], chr(code)))
+    rows = [parse_line(shard.source, *line) for line in shard.lines]
+    judged = [judged_texts(row, settings) for row in rows]
+    owners = [index for index, (texts, _) in enumerate(judged) for _ in texts]
+    fields = [field for texts, _ in judged for field in texts]
+    cleaned, codes, found = rules.apply([text for texts, _ in judged for text in texts.values()])
+    hits = defaultdict(list)
+    for text, (index, field) in enumerate(zip(owners, fields, strict=True)):
+        judged[index][0][field] = cleaned[text]
+        if text in found:
+            hits[index] += [(reason, field, match) for reason, match in found[text]]
 
     kept, dropped, numbers, place = [], [], [], np.full(len(rows), -1)
     reasons, broken_by, only_by = Counter(), Counter(), Counter()
-    for index, ((number, line), (row, judged)) in enumerate(zip(shard.lines, rows, strict=True)):
-        problem, also = problems[index], []
+    for index, ((number, line), row, (texts, malformed)) in enumerate(zip(shard.lines, rows, judged, strict=True)):
+        problem, also = malformed, []
         if not problem and hits[index]:
             broken = sorted(hits[index], key=lambda hit: REASONS.index(hit[0]))
             problem = broken[0]
             named = list(dict.fromkeys((reason, match) for reason, _, match in broken))
-            also = [match for _, match in named if match != problem[2]]
+            also = [match for _, match in named[1:]]
             broken_by.update(named)
-            if not also and not not_japanese(judged, settings.japanese_percent):
+            if not also and not not_japanese(texts, settings.japanese_percent):
                 only_by.update(named)
-        problem = problem or not_japanese(judged, settings.japanese_percent)
+        problem = problem or not_japanese(texts, settings.japanese_percent)
         if not problem:
             try:
-                kept.append(_to_json(_written_row(row, judged, rules)).encode())
+                kept.append(_to_json(_written_row(row, texts, rules)).encode() + b"\n")
+                place[index] = len(numbers)
                 numbers.append(number)
-                place[index] = len(kept) - 1
                 continue
             except UnicodeEncodeError:
                 problem = ("unreadable", "another turn or column", "half a surrogate pair")
@@ -423,8 +438,8 @@ def filter_shard(shard: Shard, settings: FilterSettings, rare: str) -> tuple[dic
         dropped.append(_dropped_line(number, problem, also, line.strip()))
 
     # A character that few of these rows hold may turn out rare among all rows kept: note which rows hold it.
-    place = place[owners]
-    codes, place = codes[np.repeat(place >= 0, lengths)], np.repeat(place, lengths)[np.repeat(place >= 0, lengths)]
+    place = np.repeat(place[owners], [len(text) for text in cleaned])
+    codes, place = codes[place >= 0], place[place >= 0]
     counts = np.bincount(codes, minlength=ord(" ") + 1)
     counts[ord(" ")] += len(kept)
     few = np.flatnonzero((counts < settings.rare_after_below)[codes])
@@ -455,9 +470,8 @@ def _written_row(row: dict[str, Any], judged: Mapping[str, str], rules: FilterRu
 
 
 def _dropped_line(number: int, problem: Problem, also: list[str], line: bytes) -> bytes:
-    reason, field, match = problem
-    head = _json_bytes({"number": number, "reason": reason, "field": field, "match": match, "also": also})
-    return head[:-1] + b', "row": ' + line + b"}"
+    head = _json_bytes(dict(zip(("number", "reason", "field", "match", "also"), (number, *problem, also), strict=True)))
+    return head[:-1] + b', "row": ' + line + b"}\n"
 
 
 def rare_characters(rows: int, counts: np.ndarray, settings: FilterSettings) -> str:
@@ -473,7 +487,7 @@ def save_shard(path: Path, shard: Shard, settings: FilterSettings, rare: str) ->
     """
     statistics, kept, dropped = filter_shard(shard, settings, rare)
     part = path.with_suffix(".part")
-    part.write_bytes(b"\n".join([_json_bytes(statistics), *kept, *dropped, b""]))
+    part.write_bytes(b"".join([_json_bytes(statistics), b"\n", *kept, *dropped]))
     part.replace(path)
     return len(shard.lines)
 
@@ -484,45 +498,40 @@ def finish_filter(paths: Sequence[Path], output_dir: str | Path, settings: Filte
     Drops rows with characters that the rows kept hardly use (once, as in 2024) and near duplicates. Returns the
     report: funnel, reasons, rules, rare characters. Raises AssertionError if a row were lost.
     """
-    characters, reasons, rules, rows_in = Counter(), Counter(), defaultdict(lambda: [0, 0]), 0
+    characters, reasons, rules, shards = Counter(), Counter(), defaultdict(lambda: [0, 0]), []
     for path in paths:
         with open(path, "rb") as file:
-            statistics = json.loads(file.readline())
-        characters.update({chr(int(code)): count for code, count in statistics["characters"].items()})
-        reasons.update(statistics["reasons"])
-        rows_in += len(statistics["kept"]) + sum(statistics["reasons"].values())
-        for reason, match, rows, only in statistics["rules"]:
+            shards.append(json.loads(file.readline()))
+        characters.update({chr(int(code)): count for code, count in shards[-1]["characters"].items()})
+        reasons.update(shards[-1]["reasons"])
+        for reason, match, rows, only in shards[-1]["rules"]:
             rules[reason, match][0] += rows
             rules[reason, match][1] += only
+    rows_in = sum(len(shard["kept"]) for shard in shards) + reasons.total()
     rare = {character: count for character, count in characters.items() if count < settings.rare_after_below}
     find_duplicate = _near_duplicates(settings.near_duplicates) if settings.near_duplicates else None
 
     output_dir = Path(output_dir)
     rows_kept = rows_dropped = 0
     with (
-        atomic_write(output_dir / "filtered_magpie.jsonl") as kept_file,
-        atomic_write(output_dir / "dropped_magpie.jsonl") as dropped_file,
+        atomic_write(output_dir / "filtered_magpie.jsonl", binary=True) as kept_file,
+        atomic_write(output_dir / "dropped_magpie.jsonl", binary=True) as dropped_file,
     ):
-        for path in paths:
-            with open(path, encoding="utf-8", newline="\n") as file:
-                statistics = json.loads(file.readline())
-                holds = {
-                    place: chr(int(code))
-                    for code, places in statistics["holders"].items()
-                    if chr(int(code)) in rare
-                    for place in places
-                }
-                for place, number in enumerate(statistics["kept"]):
-                    line = file.readline()
+        for path, shard in zip(paths, shards, strict=True):
+            holders = ((chr(int(code)), places) for code, places in shard["holders"].items())
+            held = {place: character for character, places in holders if character in rare for place in places}
+            with open(path, "rb") as file:
+                file.readline()
+                for place, (number, line) in enumerate(zip(shard["kept"], file, strict=False)):
                     problem = None
-                    if place in holds:
-                        problem = ("rare afterwards", "instruction or response", holds[place])
+                    if place in held:
+                        problem = ("rare afterwards", "instruction or response", held[place])
                     elif find_duplicate and (first := find_duplicate(number, json.loads(line))):
                         problem = ("near duplicate", "instruction and response", f"row {first}")
                     if problem:
                         reasons[problem[0]] += 1
                         rows_dropped += 1
-                        dropped_file.write(_dropped_line(number, problem, [], line.strip().encode()).decode() + "\n")
+                        dropped_file.write(_dropped_line(number, problem, [], line.strip()))
                     else:
                         rows_kept += 1
                         kept_file.write(line)
@@ -625,7 +634,7 @@ def run_filter(
         "revision": revision,
         "settings": asdict(settings),
         **finish_filter(paths, output_dir, settings),
-        "rare_characters": {character: int(counts[ord(character)]) for character in rare},
+        "rare_characters": {_character(ord(character)): int(counts[ord(character)]) for character in rare},
         "shards": {"total": len(paths), "found_finished": sum(reused)},
         "seconds": round(time.perf_counter() - began, 1),
     }
