@@ -51,8 +51,8 @@ def test_magpie_sample_holds_every_kind_of_contamination():
     conversations = [row["conversations"] for row in read_jsonl("magpie.jsonl")]
     roles = [[turn["role"] for turn in turns] for turns in conversations]
     text = "".join(turn["content"] for turns in conversations for turn in turns)
-    for part in ["们", "안", "ขอ", "ل", "и", "ू", "é", "e\u0301", "ō", "\ufffd", "\x08", "\x7f", "\ud83d", "🎂", "仔", "★",
-                 "```", "https://", ".com", "<h1>", "翻訳", "フランス語", "AI assistant", " - Arigatou ",
+    for part in ["们", "안", "ขอ", "ل", "и", "ू", "é", "e\u0301", "ō", "\ufffd", "\x08", "\x7f", "\ud83d", "🎂", "仔",
+                 "★", "```", "https://", ".com", "<h1>", "翻訳", "フランス語", "AI assistant", " - Arigatou ",
                  "よしmitsu", "♪", "松下村塾", "语"]:  # fmt: skip
         assert part in text, f"no row holds {part!r}"
     assert ["system", "user", "assistant"] in roles
