@@ -4,6 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 DATA = Path(__file__).parent.parent / "data"
 RULES = json.loads((DATA / "filter_rules.json").read_text(encoding="utf-8"))
 
@@ -51,8 +55,8 @@ def test_magpie_sample_holds_every_kind_of_contamination():
     conversations = [row["conversations"] for row in read_jsonl("magpie.jsonl")]
     roles = [[turn["role"] for turn in turns] for turns in conversations]
     text = "".join(turn["content"] for turns in conversations for turn in turns)
-    for part in ["们", "안", "ขอ", "ل", "и", "ू", "é", "e\u0301", "ō", "\ufffd", "\x08", "\x7f", "\ud83d", "🎂", "仔", "★",
-                 "```", "https://", ".com", "<h1>", "翻訳", "フランス語", "AI assistant", " - Arigatou ",
+    for part in ["们", "안", "ขอ", "ل", "и", "ू", "é", "e\u0301", "ō", "\ufffd", "\x08", "\x7f", "\ud83d", "🎂", "仔",
+                 "★", "```", "https://", ".com", "<h1>", "翻訳", "フランス語", "AI assistant", " - Arigatou ",
                  "よしmitsu", "♪", "松下村塾", "语"]:  # fmt: skip
         assert part in text, f"no row holds {part!r}"
     assert ["system", "user", "assistant"] in roles
@@ -74,3 +78,63 @@ def test_tasks_sample_has_the_schema_of_elyza_tasks_100():
     assert [row["task_id"] for row in rows] == list(range(10))
     assert all(set(row) == {"task_id", "input", "output", "eval_aspect"} for row in rows)
     assert all(row["input"].strip() and row["output"].strip() and row["eval_aspect"].strip() for row in rows)
+
+
+def test_tiny_models_are_small_and_hold_no_pickles():
+    files = [file for file in (DATA / "tiny").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    names = {file.relative_to(DATA / "tiny").as_posix() for file in files}
+    assert {"gemma2/model.safetensors", "colbert/model.safetensors", "colbert/artifact.metadata"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    assert sum(file.stat().st_size for file in files) < 4_000_000
+
+
+@pytest.fixture(scope="module")
+def gemma_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DATA / "tiny" / "gemma2")
+
+
+def test_gemma_tokenizer_is_like_gemma_2(gemma_tokenizer):
+    assert type(gemma_tokenizer).__name__.startswith("GemmaTokenizer")
+    assert gemma_tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>", "<unk>"]) == [0, 1, 2, 3]
+    ids = gemma_tokenizer("空は青い。").input_ids
+    assert ids[0] == 2
+    assert ids.count(2) == 1
+    assert 1 not in ids
+    assert gemma_tokenizer.chat_template is None
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")))
+@example("空 は\n\n青い 🎂 é e\u0301 \t ඞ")
+@settings(max_examples=200, deadline=None)
+def test_gemma_tokenizer_round_trip(gemma_tokenizer, text):
+    ids = gemma_tokenizer(text, add_special_tokens=False).input_ids
+    assert gemma_tokenizer.unk_token_id not in ids
+    assert gemma_tokenizer.decode(ids) == text
+
+
+def test_gemma_feels_the_softcap():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(300, 400).unsqueeze(0)
+    logits = {}
+    for attention in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(
+            DATA / "tiny" / "gemma2", dtype=torch.float32, attn_implementation=attention
+        )
+        with torch.no_grad():
+            logits[attention] = model(ids).logits
+    assert (logits["eager"] - logits["sdpa"]).abs().max() > 0.01
+
+
+def test_colbert_tokenizer_is_japanese():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny" / "colbert")
+    assert type(tokenizer).__name__ == "BertJapaneseTokenizer"
+    assert tokenizer.tokenize("会社の食堂で残される食べ物") == ["会社", "の", "食堂", "で", "残さ", "れる", "食べ物"]
+    metadata = json.loads((DATA / "tiny" / "colbert" / "artifact.metadata").read_text(encoding="utf-8"))
+    for key in ("query_token_id", "doc_token_id"):
+        assert tokenizer.convert_tokens_to_ids(metadata[key]) != tokenizer.unk_token_id
