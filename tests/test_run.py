@@ -21,7 +21,8 @@ STEP = """
 import json, os, sys
 os.makedirs(output_dir, exist_ok=True)
 with open("log.jsonl", "a") as file:
-    print(json.dumps({"name": NAME, "r": globals().get("r"), "lr": globals().get("lr"), "exe": sys.executable}), file=file)
+    row = {"name": NAME, "r": globals().get("r"), "lr": globals().get("lr"), "exe": sys.executable}
+    print(json.dumps(row), file=file)
 """
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
 PARAMETERS = {"03_sft": "r = 64  # rank = 64 in 2024\nlr = 1e-4\nname = 'x'\nrules = 'rules.json'"}
@@ -65,7 +66,9 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "run.py", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "run.py", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def log(folder: Path) -> list[dict]:
