@@ -27,9 +27,8 @@ def read_notebook(path: Path) -> tuple[str, dict]:
     """The hash of a notebook's code, and what its cell tagged `parameters` assigns (papermill gives only text)."""
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     tagged = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    assigned = [node for node in ast.parse(tagged).body if isinstance(node, ast.Assign)]
-    code = hashlib.sha256("\n".join(cell.source for cell in cells).encode()).hexdigest()
-    return code, {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
+    values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(tagged).body if isinstance(n, ast.Assign)}
+    return hashlib.sha256("\n".join(cell.source for cell in cells).encode()).hexdigest(), values
 
 
 def typed(key: str, value: object, default: object) -> object:
@@ -53,9 +52,7 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
             matching = [known for known in defaults if key in (known, known.partition(".")[2])]
             wanted |= dict.fromkeys(matching or [key], yaml.safe_load(value))
     except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
-        raise RecipeError(
-            f"{path} or --set cannot be read, `output_dir: NAME` and a section a notebook: {error}"
-        ) from None
+        raise RecipeError(f"{path} or --set: want `output_dir: NAME` and a section a notebook: {error}") from None
     for key in wanted.keys() - defaults.keys():
         close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
         raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
@@ -96,12 +93,7 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
             fingerprint = records.get(name, {}).get("fingerprint", "")
             continue
         parameters = {key: chosen[f"{name}.{key}"] for key in defaults}
-        parts = {
-            "code": code,
-            "helpers.py": sha256_file("helpers.py"),
-            "the notebook before": fingerprint,
-            **parameters,
-        }
+        parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint} | parameters
         parts |= {f"text of {v}": sha256_file(v) for v in parameters.values() if os.path.isfile(str(v))}
         fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         executed = output_dir / "notebooks" / f"{name}.ipynb"
