@@ -63,7 +63,8 @@ def execute(source: Path, executed: Path, parameters: dict) -> float:
     """Run one notebook and return the seconds; RecipeError names the cell that failed and its error."""
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return papermill.execute_notebook(source, executed, parameters).metadata.papermill.duration
+        done = papermill.execute_notebook(source, executed, parameters, extra_arguments=["--log-level=50"])  # quiet start
+        return done.metadata.papermill.duration
     except (papermill.PapermillExecutionError, DeadKernelError) as error:
         # papermill notes "exception", true or false, on every cell that it has started: the last of them failed.
         cells = [cell for cell in nbformat.read(executed, 4).cells if "papermill" in cell.metadata]
