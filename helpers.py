@@ -17,10 +17,24 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import shutil
+import sys
+import tempfile
+import time
+import types
+import unicodedata
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 # --------------------------------------------------------------------------------------------------------------------
 # 1. Files and records
@@ -31,44 +45,106 @@ class RecipeError(ValueError):
     """An error that the reader can mend: one line that says what is wrong, where, and what to do."""
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, bytes) of a `.jsonl` or `.jsonl.gz` file, without blank lines and byte order mark.
+
+    Raises RecipeError for a file that is missing, cannot be unpacked, or holds nothing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file; check the path (relative paths start at the repository root)")
+    number = 0
+    empty = True
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    empty = False
+                    yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise RecipeError(f"{path}, after line {number}: cannot be unpacked ({error}); fetch it again") from None
+    if empty:
+        raise RecipeError(f"{path}: the file holds no rows; was the step that writes it interrupted?")
+
+
+def parse_line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+    """The JSON object on a line, exactly as `json.loads` reads it; RecipeError names file and line if there is none."""
+    import orjson
+
+    try:
+        row = orjson.loads(line)
+        if type(row) is dict and _holds_float(row):  # orjson turns an integer of 20 digits or more into a float
+            row = json.loads(line)
+    except ValueError:
+        try:
+            row = json.loads(line)  # reads what orjson refuses: lone surrogates, NaN
+        except ValueError as error:
+            raise RecipeError(f"{path}, line {number}: not valid JSON ({error}); mend or delete the line") from None
+    if not isinstance(row, dict):
+        raise RecipeError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _holds_float(value: Any) -> bool:
+    for item in value.values() if type(value) is dict else value:
+        kind = type(item)
+        if kind is float or ((kind is dict or kind is list) and _holds_float(item)):
+            return True
+    return False
+
+
 def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON Lines file (`.jsonl` or `.jsonl.gz`, UTF-8); blank lines are skipped.
 
     Raises RecipeError naming file and line for a line that is not a JSON object or lacks a `required` key,
     and for a file that is missing or holds no object at all.
     """
-    path = Path(path)
     required = tuple(required)
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file; check the path (relative paths start at the repository root)")
-    opener = gzip.open if path.suffix == ".gz" else open
-    empty = True
-    with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise RecipeError(f"{path}, line {number}: not valid JSON ({error}); mend or delete the line") from None
-            if not isinstance(row, dict):
-                raise RecipeError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            for key in required:
-                if key not in row:
-                    raise RecipeError(f"{path}, line {number}: key {key!r} is missing; it has {sorted(row)}")
-            empty = False
-            yield row
-    if empty:
-        raise RecipeError(f"{path}: the file holds no rows; was the step that writes it interrupted?")
+    for number, line in read_lines(path):
+        row = parse_line(path, number, line)
+        for key in required:
+            if key not in row:
+                raise RecipeError(f"{path}, line {number}: key {key!r} is missing; it has {sorted(row)}")
+        yield row
+
+
+def load_rows(name: str, required: Iterable[str] = (), revision: str = "") -> list[dict[str, Any]]:
+    """Rows of a data set: a `.jsonl` or `.jsonl.gz` file, or a hub repository (its split "train", or its first).
+
+    Raises RecipeError for a missing key, an empty set, and a hub repository that cannot be reached.
+    """
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return list(read_jsonl(name, required))
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise RecipeError(f"{name}: neither a .jsonl file nor a hub repository (owner/name)")
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(name, revision=revision or None)
+        rows = splits.get("train", next(iter(splits.values()))).to_list()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RecipeError(
+            f"{name}: the hub data set cannot be read ({reason[:120]}); check the name, the network and, for a private "
+            "one, the secret HF_TOKEN; or name a local .jsonl file"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        for key in required:
+            if key not in row:
+                raise RecipeError(f"{name}, row {number}: key {key!r} is missing; it has {sorted(row)}")
+    return rows
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[TextIO]:
-    """Open `path` for writing UTF-8 text so that the file appears only when complete (written beside, then renamed)."""
+def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
+    """Open `path` for writing so that the file appears only when complete (written beside, then renamed).
+
+    UTF-8 text, or bytes with `binary`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
+    with open(part, "wb") if binary else open(part, "w", encoding="utf-8", newline="\n") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -98,22 +174,922 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def get_secret(name: str) -> str:
+    """A secret by name: from the environment, else from Colab's secrets (the key symbol at the left), else ""."""
+    if os.environ.get(name):
+        return os.environ[name]
+    try:
+        from google.colab import userdata
+    except ImportError:
+        return ""
+    try:
+        return userdata.get(name)
+    except (userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException):
+        return ""
+
+
+def hub_token(hub_repo: str) -> str:
+    """The hub token for a push to `hub_repo` ("" when there is no push); RecipeError says where to put it."""
+    token = get_secret("HF_TOKEN") if hub_repo else ""
+    if hub_repo and not token:
+        raise RecipeError(
+            f"hub_repo is {hub_repo!r} but there is no token: set the environment variable HF_TOKEN, or in Colab add "
+            "HF_TOKEN under the key symbol and allow this notebook to read it"
+        )
+    return token
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 2. Quantize
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Installed versions by distribution name; "" for a package that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = ""
+    return versions
+
+
+def hash_folder(folder: str | Path, skip: Iterable[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, by path relative to it, in sorted order; names in `skip` are left out."""
+    folder, skip = Path(folder), set(skip)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files if path.name not in skip}
+
+
+def parameter_count(config: Mapping[str, Any]) -> int:
+    """Number of weights of a gated decoder (Gemma, Llama, Qwen, Mistral) from the values of its config.json.
+
+    Matrices only: the norms are less than a thousandth. Tied embeddings are counted once.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
+    layer = attention + 3 * hidden * config["intermediate_size"]
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings", True) else 2)
+    return config["num_hidden_layers"] * layer + embeddings
+
+
+def check_gpu(config: Mapping[str, Any], gpu: bool, limit: float = 1.5e9) -> None:
+    """Raise RecipeError if a model of more than `limit` weights is asked for on a machine without a GPU."""
+    if not gpu and (weights := parameter_count(config)) > limit:
+        raise RecipeError(
+            f"no GPU here, and the model has {weights / 1e9:.1f} billion weights: in Colab choose Runtime > Change "
+            "runtime type > A100, or try the series on a CPU with `make smoke`"
+        )
+
+
+def check_quantized_folder(folder: str | Path, base_model: str, base_commit: str) -> None:
+    """Raise RecipeError if `folder` already holds the finished quantization of another base (its provenance.json)."""
+    path = Path(folder) / "provenance.json"
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if (found["base_model"], found["base_commit"]) != (base_model, base_commit):
+        raise RecipeError(
+            f"{folder} already holds {found['base_model']} ({found['base_commit'] or 'local'}), not {base_model} "
+            f"({base_commit or 'local'}): choose another output_dir or delete that folder"
+        )
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # 3. Filter
 # --------------------------------------------------------------------------------------------------------------------
 
+# What can be wrong with a row, in the order in which it is asked.
+REASONS = (
+    "malformed",  # conversations is not a list of {"role", "content"} with text in it
+    "missing turn",  # no user turn, or no assistant turn
+    "empty",  # a field holds nothing but white space
+    "ng string",  # a string of the NG list
+    "rare character",  # a character that the whole data set hardly uses
+    "not cp932",  # a character that cannot be written in Japanese Windows' code page 932
+    "unreadable",  # a control character or half a surrogate pair: cld2 or UTF-8 refuses it
+    "not Japanese",  # cld2 finds too little Japanese
+    "rare afterwards",  # a character that the rows kept so far hardly use
+    "near duplicate",  # almost the same text as an earlier row that is kept
+)
+Problem = tuple[str, str, str]  # (reason, field, matched string)
+_CODE_POINTS = 0x110000
+_UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
+_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # the bytes of json.dump(row, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """Everything that decides which rows are kept. The defaults are the filter of 2024; notebook 02 explains each."""
+
+    replacements: tuple[tuple[str, str], ...] = ()
+    ng: tuple[str, ...] = ()
+    rare_below: int = 20
+    rare_after_below: int = 10
+    japanese_percent: int = 60
+    rare_share: float = 0.0
+    all_turns: bool = False
+    clean_conversations: bool = False
+    nfc: bool = False
+    cp932_only: bool = False
+    near_duplicates: float = 0.0
+
+
+def load_filter_rules(path: str | Path) -> dict[str, tuple]:
+    """`replacements` ((old, new), ...) and `ng` strings of a rules file, in its order, ready for FilterSettings."""
+    try:
+        rules = json.loads(Path(path).read_text(encoding="utf-8"))
+        replacements = tuple((old, new) for old, new in rules["replacements"])
+        ng = tuple(rules["ng"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f'{path}: not a rules file ({error}); it needs "replacements": [[old, new], ...] and "ng": [...]'
+        ) from None
+    strings = [text for pair in replacements for text in pair] + list(ng)
+    if not all(isinstance(text, str) for text in strings) or "" in (*ng, *(old for old, _ in replacements)):
+        raise RecipeError(f"{path}: every rule must be a string, and none may be empty (an empty one is in every text)")
+    return {"replacements": replacements, "ng": ng}
+
+
+class Shard(NamedTuple):
+    """Some rows of the input as they were read: (number, JSON) for each, numbered from 1 (in JSON Lines by line)."""
+
+    source: str
+    lines: list[tuple[int, bytes]]
+
+    def digest(self) -> bytes:
+        sha = hashlib.sha256()
+        for number, line in self.lines:
+            sha.update(b"%d " % number)
+            sha.update(line)
+        return sha.digest()
+
+
+def read_shards(dataset: str, revision: str = "", max_rows: int = 0, shard_rows: int = 2000) -> Iterator[Shard]:
+    """Cut a data set into shards: a `.jsonl`, `.jsonl.gz` or `.parquet` file, or the train split of a hub data set.
+
+    `max_rows` 0 means all rows. Raises RecipeError where there is nothing that can be read.
+    """
+    if dataset.endswith((".jsonl", ".jsonl.gz")):
+        lines = read_lines(dataset)
+    else:
+        lines = enumerate(map(_json_bytes, _table_rows(dataset, revision)), start=1)
+    lines = islice(lines, max_rows or None)
+    while shard := list(islice(lines, shard_rows)):
+        yield Shard(dataset, shard)
+
+
+def _table_rows(dataset: str, revision: str) -> Iterator[dict[str, Any]]:
+    try:
+        if dataset.endswith(".parquet"):
+            import pyarrow.parquet as pq
+
+            tables = pq.ParquetFile(dataset).iter_batches(batch_size=2000)
+        else:
+            from datasets import load_dataset
+
+            tables = load_dataset(dataset, revision=revision or None, split="train").with_format("arrow").iter(2000)
+        for table in tables:
+            yield from table.to_pylist()
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{dataset}: cannot be read ({str(error).splitlines()[0]}); give a .jsonl, .jsonl.gz or .parquet file,"
+            " or the id of a hub data set that the network reaches"
+        ) from None
+
+
+def _json_bytes(row: Mapping[str, Any]) -> bytes:
+    text = _to_json(row)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
+        return json.dumps(row, default=str).encode()
+
+
+def judged_texts(row: Mapping[str, Any], settings: FilterSettings) -> tuple[dict[str, str], Problem | None]:
+    """The texts of a row that the rules read, by field, and what is wrong with its form.
+
+    `instruction` is the first user turn and `response` the first assistant turn, "" where missing; with `all_turns`
+    the other turns follow as "turn N", counted from 1. A malformed row has no texts.
+    """
+    conversations = row.get("conversations")
+    if not isinstance(conversations, list):
+        return {}, ("malformed", "conversations", type(conversations).__name__)
+    turns: dict[str, str] = {}
+    for number, turn in enumerate(conversations, start=1):
+        if not isinstance(turn, dict) or "role" not in turn:
+            return {}, ("malformed", f"turn {number}", type(turn).__name__)
+        field = "instruction" if turn["role"] == "user" else "response" if turn["role"] == "assistant" else None
+        if field is None or field in turns:
+            if not settings.all_turns:
+                continue
+            field = f"turn {number}"
+        content = turn.get("content")
+        if not isinstance(content, str):
+            return {}, ("malformed", field, type(content).__name__)
+        turns[field] = _normal(content, settings)
+        if len(turns) == 2 and not settings.all_turns:
+            break  # like 2024, which never looks at what follows
+    texts = {"instruction": turns.pop("instruction", None), "response": turns.pop("response", None), **turns}
+    problem = None
+    for field in ("response", "instruction"):
+        if texts[field] is None:
+            texts[field] = ""
+            problem = ("missing turn", field, "")
+        elif not texts[field].strip():
+            problem = problem or ("empty", field, "")
+    return texts, problem
+
+
+def _normal(text: str, settings: FilterSettings) -> str:
+    return unicodedata.normalize("NFC", text) if settings.nfc else text
+
+
+def code_points(texts: Sequence[str]) -> np.ndarray:
+    """All characters of the texts, one after the other, as uint32 code points."""
+    return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def count_characters(shard: Shard, settings: FilterSettings) -> tuple[np.ndarray, np.ndarray]:
+    """The code points in a shard and how often each occurs: two arrays of equal length.
+
+    Counted over `response + " " + instruction` of each row before any replacement, as in 2024; with `rare_share`
+    the number of rows that hold the character.
+    """
+    rows = [list(judged_texts(parse_line(shard.source, *line), settings)[0].values()) for line in shard.lines]
+    codes = code_points([text for texts in rows for text in texts])
+    if not settings.rare_share:
+        counts = np.bincount(codes, minlength=ord(" ") + 1)
+        counts[ord(" ")] += sum(map(bool, rows))
+        return np.flatnonzero(counts), counts[counts > 0]
+    present = np.flatnonzero(np.bincount(codes))
+    column = np.zeros(_CODE_POINTS, np.int32)
+    column[present] = np.arange(len(present))
+    holds = np.zeros((len(rows), len(present)), bool)
+    holds[np.repeat(np.arange(len(rows)), [sum(map(len, texts)) for texts in rows]), column[codes]] = True
+    return present, holds.sum(axis=0)
+
+
+class FilterRules:
+    """The rules of a run, compiled: single characters as a table over Unicode, strings as one regular expression."""
+
+    def __init__(self, settings: FilterSettings, rare: str) -> None:
+        self.settings = settings
+        self.strings = [text for text in dict.fromkeys(settings.ng) if len(text) > 1]
+        self.reason_of = np.zeros(_CODE_POINTS, np.uint8)  # index in REASONS, 0 for an allowed character
+        if settings.cp932_only:
+            self.reason_of[:] = REASONS.index("not cp932")
+            writable = "".join(c for c in map(chr, range(0x10000)) if c.encode("cp932", "ignore"))
+            self.reason_of[code_points([writable])] = 0
+        for reason, characters in (("rare character", rare), ("ng string", [c for c in settings.ng if len(c) == 1])):
+            self.reason_of[[ord(character) for character in characters]] = REASONS.index(reason)
+        wanted = [*self.strings, *(old for old, _ in settings.replacements)]
+        # Most texts hold none of these strings; one search spares them the replacements and the list.
+        self.guard = re.compile("|".join(map(re.escape, wanted)) or "(?!)").search
+
+    def clean(self, text: str) -> str:
+        """The text after the replacements, one after the other in their order."""
+        for old, new in self.settings.replacements:
+            text = text.replace(old, new)
+        return text
+
+    def apply(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, dict[int, list[tuple[str, str]]]]:
+        """Clean texts and find what forbids them.
+
+        Returns the cleaned texts, all their code points one after the other, and by index of a text the
+        (reason, matched string) of every rule it breaks.
+        """
+        texts, hits = list(texts), defaultdict(list)
+        for index, text in enumerate(texts):
+            if self.guard(text):
+                texts[index] = self.clean(text)
+                hits[index] += [("ng string", string) for string in self.strings if string in texts[index]]
+        codes = code_points(texts)
+        at = np.flatnonzero(self.reason_of[codes])
+        owner = np.searchsorted(np.cumsum([len(text) for text in texts]), at, side="right")
+        for pair in np.unique(owner << 21 | codes[at]).tolist():  # a code point has 21 bits
+            code = pair & 0x1FFFFF
+            hits[pair >> 21].append((REASONS[self.reason_of[code]], _character(code)))
+        return texts, codes, hits
+
+
+def _character(code: int) -> str:
+    return f"U+{code:04X}" if 0xD800 <= code <= 0xDFFF else chr(code)  # half a surrogate pair cannot be written
+
+
+def not_japanese(texts: Mapping[str, str], percent: int) -> Problem | None:
+    """The first text in which cld2 finds less than `percent` % Japanese (of its bytes) or that cld2 cannot read.
+
+    Returns (reason, field, what was found), or None if all is well. A later turn too short for cld2 to name its
+    language ("はい。") passes.
+    """
+    import pycld2
+
+    for field, text in texts.items():
+        try:
+            languages = pycld2.detect(text)[2]
+        except (pycld2.error, UnicodeEncodeError) as error:
+            unreadable = _UNREADABLE.search(text)
+            return "unreadable", field, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error)
+        if not any(code == "ja" and share >= percent for _, code, share, _ in languages):
+            if field.startswith("turn") and languages[0][1] == "un":
+                continue
+            return "not Japanese", field, ", ".join(f"{code} {share} %" for _, code, share, _ in languages if share)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _compiled(settings: FilterSettings, rare: str) -> FilterRules:
+    return FilterRules(settings, rare)
+
+
+def filter_shard(shard: Shard, settings: FilterSettings, rare: str) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
+    """Judge the rows of a shard by every rule that needs no second look at the whole data set.
+
+    Returns statistics for `finish_filter` (a JSON object), the lines of the rows kept, and those of the rows dropped.
+    """
+    rules = _compiled(settings, rare)
+    rows = [parse_line(shard.source, *line) for line in shard.lines]
+    judged = [judged_texts(row, settings) for row in rows]
+    owners = [index for index, (texts, _) in enumerate(judged) for _ in texts]
+    fields = [field for texts, _ in judged for field in texts]
+    cleaned, codes, found = rules.apply([text for texts, _ in judged for text in texts.values()])
+    hits = defaultdict(list)
+    for text, (index, field) in enumerate(zip(owners, fields, strict=True)):
+        judged[index][0][field] = cleaned[text]
+        if text in found:
+            hits[index] += [(reason, field, match) for reason, match in found[text]]
+
+    kept, dropped, numbers, place = [], [], [], np.full(len(rows), -1)
+    reasons, broken_by, only_by = Counter(), Counter(), Counter()
+    for index, ((number, line), row, (texts, malformed)) in enumerate(zip(shard.lines, rows, judged, strict=True)):
+        problem, also = malformed, []
+        if not problem and hits[index]:
+            broken = sorted(hits[index], key=lambda hit: REASONS.index(hit[0]))
+            problem = broken[0]
+            named = list(dict.fromkeys((reason, match) for reason, _, match in broken))
+            also = [match for _, match in named[1:]]
+            broken_by.update(named)
+            if not also and not not_japanese(texts, settings.japanese_percent):
+                only_by.update(named)
+        problem = problem or not_japanese(texts, settings.japanese_percent)
+        if not problem:
+            try:
+                kept.append(_to_json(_written_row(row, texts, rules)).encode() + b"\n")
+                place[index] = len(numbers)
+                numbers.append(number)
+                continue
+            except UnicodeEncodeError:
+                problem = ("unreadable", "another turn or column", "half a surrogate pair")
+        reasons[problem[0]] += 1
+        dropped.append(_dropped_line(number, problem, also, line.strip()))
+
+    # A character that few of these rows hold may turn out rare among all rows kept: note which rows hold it.
+    place = np.repeat(place[owners], [len(text) for text in cleaned])
+    codes, place = codes[place >= 0], place[place >= 0]
+    counts = np.bincount(codes, minlength=ord(" ") + 1)
+    counts[ord(" ")] += len(kept)
+    few = np.flatnonzero((counts < settings.rare_after_below)[codes])
+    holders = defaultdict(list)
+    for pair in np.unique(codes[few].astype(np.int64) << 32 | place[few]).tolist():
+        holders[pair >> 32].append(pair & 0xFFFFFFFF)
+    statistics = {
+        "kept": numbers,
+        "reasons": reasons,
+        "rules": [[*rule, rows, only_by[rule]] for rule, rows in broken_by.items()],
+        "characters": {code: int(counts[code]) for code in np.flatnonzero(counts).tolist()},
+        "holders": holders,
+    }
+    return statistics, kept, dropped
+
+
+def _written_row(row: dict[str, Any], judged: Mapping[str, str], rules: FilterRules) -> dict[str, Any]:
+    """All columns of the row, then the two fields; `conversations` as it was, unless it is to be cleaned as well."""
+    if rules.settings.clean_conversations:
+        turns = [
+            {**turn, "content": rules.clean(_normal(turn["content"], rules.settings))}
+            if isinstance(turn, dict) and isinstance(turn.get("content"), str)
+            else turn
+            for turn in row["conversations"]
+        ]
+        row = {**row, "conversations": turns}
+    return {**row, "instruction": judged["instruction"], "response": judged["response"]}
+
+
+def _dropped_line(number: int, problem: Problem, also: list[str], line: bytes) -> bytes:
+    head = _json_bytes(dict(zip(("number", "reason", "field", "match", "also"), (number, *problem, also), strict=True)))
+    return head[:-1] + b', "row": ' + line + b"}\n"
+
+
+def rare_characters(rows: int, counts: np.ndarray, settings: FilterSettings) -> str:
+    """The characters that occur, but fewer than `rare_below` times, or in less than a `rare_share` of all rows."""
+    limit = settings.rare_share * rows if settings.rare_share else settings.rare_below
+    return "".join(map(chr, np.flatnonzero((counts > 0) & (counts < limit)).tolist()))
+
+
+def save_shard(path: Path, shard: Shard, settings: FilterSettings, rare: str) -> int:
+    """Filter a shard into a file that appears only when complete: statistics, rows kept, rows dropped.
+
+    Returns the number of rows.
+    """
+    statistics, kept, dropped = filter_shard(shard, settings, rare)
+    part = path.with_suffix(".part")
+    part.write_bytes(b"".join([_json_bytes(statistics), b"\n", *kept, *dropped]))
+    part.replace(path)
+    return len(shard.lines)
+
+
+def finish_filter(paths: Sequence[Path], output_dir: str | Path, settings: FilterSettings) -> dict[str, Any]:
+    """Join filtered shards, in their order, into `filtered_magpie.jsonl` and `dropped_magpie.jsonl`.
+
+    Drops rows with characters that the rows kept hardly use (once, as in 2024) and near duplicates. Returns the
+    report: funnel, reasons, rules, rare characters. Raises AssertionError if a row were lost.
+    """
+    characters, reasons, rules, shards = Counter(), Counter(), defaultdict(lambda: [0, 0]), []
+    for path in paths:
+        with open(path, "rb") as file:
+            shards.append(json.loads(file.readline()))
+        characters.update({chr(int(code)): count for code, count in shards[-1]["characters"].items()})
+        reasons.update(shards[-1]["reasons"])
+        for reason, match, rows, only in shards[-1]["rules"]:
+            rules[reason, match][0] += rows
+            rules[reason, match][1] += only
+    rows_in = sum(len(shard["kept"]) for shard in shards) + reasons.total()
+    rare = {character: count for character, count in characters.items() if count < settings.rare_after_below}
+    find_duplicate = _near_duplicates(settings.near_duplicates) if settings.near_duplicates else None
+
+    output_dir = Path(output_dir)
+    rows_kept = rows_dropped = 0
+    with (
+        atomic_write(output_dir / "filtered_magpie.jsonl", binary=True) as kept_file,
+        atomic_write(output_dir / "dropped_magpie.jsonl", binary=True) as dropped_file,
+    ):
+        for path, shard in zip(paths, shards, strict=True):
+            holders = ((chr(int(code)), places) for code, places in shard["holders"].items())
+            held = {place: character for character, places in holders if character in rare for place in places}
+            with open(path, "rb") as file:
+                file.readline()
+                for place, (number, line) in enumerate(zip(shard["kept"], file, strict=False)):
+                    problem = None
+                    if place in held:
+                        problem = ("rare afterwards", "instruction or response", held[place])
+                    elif find_duplicate and (first := find_duplicate(number, json.loads(line))):
+                        problem = ("near duplicate", "instruction and response", f"row {first}")
+                    if problem:
+                        reasons[problem[0]] += 1
+                        rows_dropped += 1
+                        dropped_file.write(_dropped_line(number, problem, [], line.strip()))
+                    else:
+                        rows_kept += 1
+                        kept_file.write(line)
+                for line in file:
+                    rows_dropped += 1
+                    dropped_file.write(line)
+    assert rows_in == rows_kept + rows_dropped, f"{rows_in} rows in, {rows_kept} kept, {rows_dropped} dropped"
+
+    funnel, left = [{"step": "rows in", "rows": rows_in}], rows_in
+    for reason in REASONS:
+        if reasons[reason]:
+            left -= reasons[reason]
+            funnel.append({"step": reason, "rows": left})
+    return {
+        "rows_in": rows_in,
+        "rows_kept": rows_kept,
+        "rows_dropped": rows_dropped,
+        "reasons": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
+        "funnel": funnel,
+        "rules": [
+            {"reason": reason, "match": match, "rows": rows, "only": only}
+            for (reason, match), (rows, only) in sorted(rules.items(), key=lambda rule: (-rule[1][1], -rule[1][0]))
+        ],
+        "rare_afterwards": rare,
+    }
+
+
+def _near_duplicates(threshold: float) -> Callable[[int, Mapping[str, str]], int]:
+    """A function that returns the number of an earlier row with almost the same text, or 0 and remembers the row.
+
+    Estimated Jaccard similarity of the sets of 5 characters in a row, by MinHash with 128 permutations (rensa).
+    """
+    from rensa import RMinHash, RMinHashDeduplicator
+
+    seen = RMinHashDeduplicator(threshold, 128, True)
+
+    def find(number: int, row: Mapping[str, str]) -> int:
+        text = row["instruction"] + "\n" + row["response"]
+        signature = RMinHash(num_perm=128, seed=0)
+        signature.update([text[i : i + 5] for i in range(max(1, len(text) - 4))])
+        if earlier := seen.get_duplicates(signature):
+            return min(map(int, earlier))
+        seen.add(str(number), signature)
+        return 0
+
+    return find
+
+
+def run_filter(
+    dataset: str,
+    output_dir: str | Path,
+    settings: FilterSettings,
+    *,
+    revision: str = "",
+    max_rows: int = 0,
+    num_proc: int = 1,
+    shard_rows: int = 2000,
+) -> dict[str, Any]:
+    """Filter a data set (see `read_shards`) into `output_dir`; returns the report that it writes as filter_report.json.
+
+    Two passes: count the characters, then judge the rows, both over shards of `shard_rows` rows in `num_proc`
+    processes. Each finished shard is a file below `filter_shards/`, named by a hash of its rows, the settings and this
+    module; a run that was interrupted goes on from there. The folder is removed when the final files are complete.
+    """
+    from joblib import Parallel, delayed
+    from tqdm import tqdm
+
+    output_dir = Path(output_dir)
+    folder = output_dir / "filter_shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = (dataset, revision, max_rows, shard_rows)
+    in_processes = Parallel(num_proc, return_as="generator", pre_dispatch="2*n_jobs")
+    began = time.perf_counter()
+
+    counts, sizes, digests = np.zeros(_CODE_POINTS, np.int64), [], []
+    with tqdm(desc="count characters", unit=" rows", mininterval=1) as bar:
+        tasks = (delayed(_count_task)(shard, settings) for shard in read_shards(*source))
+        for digest, size, (codes, found) in in_processes(tasks):
+            counts[codes] += found
+            digests.append(digest)
+            sizes.append(size)
+            bar.update(size)
+    rare = rare_characters(sum(sizes), counts, settings)
+
+    run = hashlib.sha256(f"{settings} {rare!r} {sha256_file(__file__)}".encode()).digest()
+    paths = [folder / f"{hashlib.sha256(run + digest).hexdigest()[:32]}.jsonl" for digest in digests]
+    reused = [path.is_file() for path in paths]
+    with tqdm(desc="filter", total=sum(sizes), unit=" rows", mininterval=1) as bar:
+        bar.update(sum(size for size, done in zip(sizes, reused, strict=True) if done))
+        tasks = (
+            delayed(save_shard)(path, shard, settings, rare)
+            for path, done, shard in zip(paths, reused, read_shards(*source), strict=True)
+            if not done
+        )
+        for size in in_processes(tasks):
+            bar.update(size)
+
+    report = {
+        "dataset": dataset,
+        "revision": revision,
+        "settings": asdict(settings),
+        **finish_filter(paths, output_dir, settings),
+        "rare_characters": {_character(ord(character)): int(counts[ord(character)]) for character in rare},
+        "shards": {"total": len(paths), "found_finished": sum(reused)},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    write_json(output_dir / "filter_report.json", report)
+    shutil.rmtree(folder)
+    return report
+
+
+def _count_task(shard: Shard, settings: FilterSettings) -> tuple[bytes, int, tuple[np.ndarray, np.ndarray]]:
+    return shard.digest(), len(shard.lines), count_characters(shard, settings)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 4. Fine-tune
 # --------------------------------------------------------------------------------------------------------------------
+
+# The training prompt of 2024 (`alpaca_prompt_jp`): first the question, then the answer.
+SFT_PROMPT = """
+あなたは高性能なAIです。質問に対して、適切な回答を書きなさい。
+回答に関係のないことは絶対に書かないでください。
+
+### 質問:
+{}
+
+### 回答:
+{}"""
+
+# google/gemma-2-27b has no chat template; 2024 took that of google/gemma-2-9b. Neither stage of the recipe applies it:
+# it is stored with the tokenizer so that the saved model can be used with chat tools.
+GEMMA_CHAT_TEMPLATE = (
+    "\n{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}\n"
+)
+
+
+def sft_text(instruction: str, response: str, eos_token: str) -> str:
+    """One training text: the filled prompt, then `eos_token` so that the model learns where an answer ends.
+
+    As in 2024 a row without a response gets no `eos_token`. The tokenizer adds the one <bos>.
+    """
+    return SFT_PROMPT.format(instruction, response) + (eos_token if response else "")
+
+
+def training_pairs(filtered: Iterable[Mapping[str, Any]], qa: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Join the filtered rows (instruction, response) and, after them, the QA rows (input, output)."""
+    pairs = [{"instruction": row["instruction"], "response": row["response"]} for row in filtered]
+    pairs += [{"instruction": row["input"], "response": row["output"]} for row in qa]
+    return pairs
+
+
+def checkpoint_to_resume(folder: str | Path, settings: Mapping[str, Any], finished: str | Path) -> str | None:
+    """The newest checkpoint below `folder` of an interrupted training with the same `settings`, or None to start anew.
+
+    `settings` is kept in the folder. A training whose report `finished` exists is over: its checkpoints are deleted,
+    and the report as well, so that from now on the new training counts as unfinished.
+    Raises RecipeError if an interrupted training with other settings lies there; its checkpoints are not touched.
+    """
+    folder, finished = Path(folder), Path(finished)
+    kept = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if finished.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        finished.unlink()
+    if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8"))) != settings:
+        changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+        raise RecipeError(
+            f"{folder} holds an interrupted training with other values of {', '.join(changed)}: set them back to go on "
+            "with it, or choose another output_dir, or delete that folder"
+        )
+    write_json(kept, settings)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # 5. Retrieve and answer
 # --------------------------------------------------------------------------------------------------------------------
 
+# The inference prompt of 2024. There is no newline between INSTRUCTION and the last "### 質問:".
+OPENING = "質問・文章をよく読んで、正確で親切な回答を書きなさい。\n"
+SHOT = "### 質問:\n{input}\n\n### 回答:\n{output}\n\n\n"
+INSTRUCTION = (
+    "あなたは日本語が堪能な優秀な人間です。\n"
+    "**文脈**を踏まえて、改行と箇条書きを駆使して、日本語で**詳細に**書きなさい。\n"
+    "優秀な人間になりきって、推測をいれずに根拠をもってわかりやすく答えてください。"
+)
+QUESTION = "### 質問:\n{input}\n\n### 回答:\n"
+
+# Strings that 2024 forbade the model to write (`bad_words_ids`).
+BANNED_WORDS = ("質問", "###", "#", "##", "---", "<h3>", "filepath", "> ")
+
+
+def read_tasks(name: str) -> list[dict[str, Any]]:
+    """The tasks of a file or hub data set, in its order: rows with `input` and `task_id` (by default the position).
+
+    Raises RecipeError that names both rows of a repeated task_id.
+    """
+    tasks = load_rows(name, required=("input",))
+    first: dict[Any, int] = {}
+    for position, task in enumerate(tasks):
+        task_id = task.setdefault("task_id", position)
+        if task_id in first:
+            raise RecipeError(
+                f"{name}: row {position + 1} repeats task_id {task_id!r} of row {first[task_id] + 1}; "
+                "give every task its own id"
+            )
+        first[task_id] = position
+    return tasks
+
+
+def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]]) -> str:
+    """The few-shot prompt of 2024. `shots` (input, output) come most similar first and are written in inverse order,
+    so that the most similar one stands next to the task."""
+    examples = "".join(SHOT.format(input=shot["input"], output=shot["output"]) for shot in reversed(list(shots)))
+    return OPENING + examples + INSTRUCTION + QUESTION.format(input=task_input)
+
+
+def fit_shots(
+    task_input: str, shots: Sequence[Mapping[str, str]], count_tokens: Callable[[str], int], budget: int
+) -> tuple[str, int]:
+    """The prompt with as many shots as fit into `budget` tokens, and their number.
+
+    The least similar shots go first; neither a shot nor the task is ever cut. A task that is too long on its own
+    comes back without shots and over budget: compare `count_tokens(prompt)` with `budget`.
+    """
+    for number in range(len(shots), 0, -1):
+        prompt = build_prompt(task_input, shots[:number])
+        if count_tokens(prompt) <= budget:
+            return prompt, number
+    return build_prompt(task_input, ()), 0
+
+
+def banned_token_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Token sequences for `bad_words_ids`; `encode` must not add special tokens.
+
+    transformers forbids the last token of a sequence after the ones before it, so "---" is forbidden only as it is
+    tokenized alone.
+    """
+    return [encode(word) for word in words]
+
+
+def clean_answer(text: str) -> str:
+    """Cut everything from a new "### 質問" on (the model went on to invent the next task) and trim white space."""
+    return text.split("### 質問", maxsplit=1)[0].strip()
+
+
+def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
+    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer."""
+    missing = [task["task_id"] for task in tasks if not answers.get(task["task_id"])]
+    if missing:
+        raise RecipeError(
+            f"no answer for task_id {missing[:10]} ({len(missing)} of {len(tasks)}): run this notebook again"
+        )
+    return [{"task_id": task["task_id"], "input": task["input"], "output": answers[task["task_id"]]} for task in tasks]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 6. Load models
 # --------------------------------------------------------------------------------------------------------------------
+
+
+ENGINES = ("unsloth", "transformers")
+
+
+def find_model(name: str, revision: str = "") -> str:
+    """Check that `name` is a model folder or a reachable hub repository, before anything large is loaded.
+
+    Returns the commit of a hub repository, "" for a folder.
+    Raises RecipeError that says whether the name, the permission or the network is at fault.
+    """
+    if Path(name).is_dir():
+        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise RecipeError(f"{name}: the folder holds no config.json; did the notebook that writes it finish?")
+        return ""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise RecipeError(
+            f"{name}: no such folder; run the notebook that writes it, or name a hub repository (owner/name)"
+        )
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return HfApi().model_info(name, revision=revision or None, timeout=20).sha
+    except GatedRepoError:
+        raise RecipeError(f"{name} asks for consent: accept its terms on the hub and set the secret HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise RecipeError(
+            f"{name}: neither a folder nor a hub repository (a private one needs the secret HF_TOKEN)"
+        ) from None
+    except RevisionNotFoundError:
+        raise RecipeError(f"{name}: the hub repository has no revision {revision!r}") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({reason[:120]})") from None
+
+
+def keep_weights_unpacked(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place at the first forward pass on a CPU with AVX512-BF16.
+
+    Backward passes through repacked weights are wrong, and what is saved afterwards does not reload to the same model.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_model(
+    name: str,
+    engine: str,
+    *,
+    max_seq_length: int,
+    dtype: str = "bfloat16",
+    attention: str = "eager",
+    revision: str = "",
+) -> tuple[Any, Any]:
+    """Load a causal language model as it is stored (4 bit if it was saved in 4 bit) and its tokenizer.
+
+    `attention="eager"`: the default of transformers, sdpa, leaves out the softcapping of Gemma 2's attention scores.
+    Raises RecipeError for an unknown engine, a missing model, a large model without a GPU, and if another model than
+    `name` was loaded.
+    """
+    if engine not in ENGINES:
+        raise RecipeError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+    find_model(name, revision)
+    if engine == "unsloth":
+        # unsloth patches the libraries at import, so it comes before them; no usage statistics, cache out of the way.
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
+        import unsloth
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(name, revision=revision or None)
+    gpu = torch.cuda.is_available()
+    check_gpu(config.to_dict(), gpu)
+    quantized = getattr(config, "quantization_config", None) is not None
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention, "revision": revision or None}
+    if engine == "unsloth":
+        model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+            name,
+            max_seq_length=max_seq_length,
+            load_in_4bit=quantized,
+            use_exact_model_name=True,
+            **options,
+        )
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, device_map="auto" if gpu else "cpu", **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
+    keep_weights_unpacked(model)
+    if model.config._name_or_path != name:
+        raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
+    return model, tokenizer
+
+
+def check_adapter(adapter: str, model: str) -> None:
+    """Raise RecipeError if the adapter was trained on another base than `model` (see its adapter_config.json)."""
+    find_model(adapter)
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if base != model:
+        raise RecipeError(f"the adapter {adapter} was trained on {base}, not on {model}: name the same model in both")
+
+
+def mend_ragatouille() -> None:
+    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; safe to call twice.
+
+    None of the changes alters a score:
+    - ragatouille imports a base class from `langchain.retrievers`, which langchain 1.x no longer has. langchain_core
+      still has the class, so the old path is registered as an alias.
+    - colbert-ai builds its BERT without `post_init()`, which transformers 5 needs in order to load weights.
+    - colbert-ai reads a checkpoint's config with `trust_remote_code=True`; nothing here runs code from a hub.
+    - colbert-ai compiles C++ extensions for its index on disk; searching in memory does not use them.
+    """
+    from langchain_core.documents import BaseDocumentCompressor
+
+    path = "langchain.retrievers.document_compressors.base"
+    for depth in range(path.count(".") + 1):
+        name = ".".join(path.split(".")[: depth + 1])
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules[path].BaseDocumentCompressor = BaseDocumentCompressor
+
+    import colbert.modeling.colbert as modeling
+    from colbert.modeling import base_colbert, hf_colbert
+    from colbert.modeling.tokenization import doc_tokenization, query_tokenization
+    from transformers import AutoConfig
+
+    if getattr(hf_colbert.class_factory, "mended", False):
+        return
+    modeling.ColBERT.loaded_extensions = True
+    hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=lambda name, **_: AutoConfig.from_pretrained(name))
+    original = hf_colbert.class_factory
+
+    def class_factory(name_or_path: str) -> type:
+        class MendedColBERT(original(name_or_path)):
+            def __init__(self, config: Any, colbert_config: Any) -> None:
+                super().__init__(config, colbert_config)
+                self.post_init()
+
+        return MendedColBERT
+
+    class_factory.mended = True
+    for module in (hf_colbert, base_colbert, query_tokenization, doc_tokenization):
+        module.class_factory = class_factory
+
+
+def load_retriever(name: str, documents: list[str]) -> Any:
+    """Load a ColBERT checkpoint with RAGatouille and encode `documents` in memory; returns a RAGPretrainedModel."""
+    find_model(name)
+    mend_ragatouille()
+    from ragatouille import RAGPretrainedModel
+
+    retriever = RAGPretrainedModel.from_pretrained(name, index_root=tempfile.gettempdir(), verbose=0)
+    # colbert-ai falls back to bert-base-uncased when it cannot read a checkpoint.
+    if retriever.model.inference_ckpt.name != name:
+        raise RecipeError(f"colbert-ai loaded {retriever.model.inference_ckpt.name} instead of {name}")
+    retriever.encode(documents, verbose=False)
+    return retriever
+
+
+def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[dict[str, Any]]:
+    """The `k` most similar documents, best first, as {"index", "score"}; equal scores keep the order of the documents.
+
+    `score` is ColBERT's MaxSim: the sum over the query's tokens of the best cosine similarity to a document token.
+    RAGatouille derives the query's length from its number of spaces, so that Japanese, which has none, is cut to
+    32 tokens. Here the length is that of the query, at most `query_max_tokens`; 32 gives RAGatouille's own scores.
+    """
+    model = retriever.model
+    tokenizer = model.inference_ckpt.query_tokenizer
+    tokens = len(tokenizer.tok(query)["input_ids"]) + 1  # colbert inserts its query marker after [CLS]
+    length = max(32, int(len(query.split(" ")) * 1.35), min(tokens, query_max_tokens))
+    tokenizer.query_maxlen = min(length, model.base_model_max_tokens)
+    embedded = model.inference_ckpt.queryFromText([query], bsize=1)
+    found = model._index_free_search(
+        [embedded],
+        documents=model.in_memory_collection,
+        embedded_docs=model.in_memory_embed_docs,
+        doc_mask=model.doc_masks,
+        k=len(model.in_memory_collection),
+    )
+    found.sort(key=lambda result: (-result["score"], result["result_index"]))
+    return [{"index": result["result_index"], "score": result["score"]} for result in found[:k]]

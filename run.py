@@ -115,7 +115,7 @@ def table(output_dir: Path) -> str:
     reports = [output_dir / f"{name}.json" for name in ("filter_report", "sft_metrics", "inference_metrics", "run")]
     rows, loss, tasks, runs = (json.loads(p.read_text(encoding="utf-8")) if p.is_file() else {} for p in reports)
     lines = [f"rows kept: {rows['rows_kept']} of {rows['rows_in']}"] if rows else []
-    lines += [f"rows dropped, {reason}: {count}" for reason, count in rows.get("dropped", {}).items()]
+    lines += [f"rows dropped, {reason}: {count}" for reason, count in rows.get("reasons", {}).items()]
     lines += [f"loss, first and last: {loss['first_loss']:.3f} {loss['last_loss']:.3f}"] if loss else []
     lines += [f"tasks answered: {tasks['answered']} of {tasks['tasks']} in {output_dir}/output.jsonl"] if tasks else []
     lines += [f"seconds, {name}: {run['seconds']:.0f}" for name, run in runs.items()]

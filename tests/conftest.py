@@ -1,0 +1,20 @@
+"""The repository root on the import path, and one thread: the tiny models are slower on two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def smoke() -> Path:
+    """The folder of a finished smoke run; run.py does nothing if it is already there."""
+    subprocess.run([sys.executable, "run.py", "data/runs/smoke.yaml"], cwd=ROOT, check=True)
+    return ROOT / "outputs" / "smoke"

@@ -1,0 +1,76 @@
+"""The files below data/: the 2024 rules are exact, the samples follow their schemas, the tiny models stay tiny."""
+
+import hashlib
+import json
+from pathlib import Path
+
+DATA = Path(__file__).parent.parent / "data"
+RULES = json.loads((DATA / "filter_rules.json").read_text(encoding="utf-8"))
+
+
+def sha256_of_list(items: list) -> str:
+    """Order and every code point count: NFC in place of NFD, or a lost trailing space, changes the hash."""
+    return hashlib.sha256(json.dumps(items, ensure_ascii=True).encode()).hexdigest()
+
+
+def test_ng_strings_are_those_of_2024():
+    ng = RULES["ng"]
+    assert len(ng) == 306
+    assert len(set(ng)) == 296
+    assert sum(len(string) == 1 for string in set(ng)) == 238
+    assert sha256_of_list(ng) == "496e0dff847717b2561ac26126fb19b3ae23895146a93ffac2cfd731400baec1"
+
+
+def test_replacements_are_those_of_2024():
+    replacements = RULES["replacements"]
+    assert len(replacements) == 28
+    assert len({old for old, _ in replacements}) == 28
+    assert sha256_of_list(replacements) == "d93f06a1255621268457eeb8593e42449f3100c46c327d7962d9f5e9ee11dd3f"
+
+
+def read_jsonl(name: str) -> list[dict]:
+    # Split at line feeds alone: splitlines() would also split at the control characters some rows hold.
+    text = (DATA / "sample" / name).read_bytes().decode("utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text[:-1].split("\n")]
+
+
+def test_magpie_sample_has_the_schema_of_magpie_sft():
+    rows = read_jsonl("magpie.jsonl")
+    assert len(rows) >= 140
+    assert len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        assert set(row) == {"id", "conversations"}
+        for turn in row["conversations"]:
+            assert set(turn) == {"role", "content"}
+            assert turn["role"] in {"system", "user", "assistant"}
+            assert isinstance(turn["content"], str)
+
+
+def test_magpie_sample_holds_every_kind_of_contamination():
+    conversations = [row["conversations"] for row in read_jsonl("magpie.jsonl")]
+    roles = [[turn["role"] for turn in turns] for turns in conversations]
+    text = "".join(turn["content"] for turns in conversations for turn in turns)
+    for part in ["们", "안", "ขอ", "ل", "и", "ू", "é", "e\u0301", "ō", "\ufffd", "\x08", "\x7f", "\ud83d", "🎂", "仔", "★",
+                 "```", "https://", ".com", "<h1>", "翻訳", "フランス語", "AI assistant", " - Arigatou ",
+                 "よしmitsu", "♪", "松下村塾", "语"]:  # fmt: skip
+        assert part in text, f"no row holds {part!r}"
+    assert ["system", "user", "assistant"] in roles
+    assert ["user", "assistant", "user", "assistant"] in roles
+    assert ["user"] in roles
+    assert [] in roles
+    assert any(turn["content"] == "" for turns in conversations for turn in turns)
+
+
+def test_qa_sample():
+    rows = read_jsonl("qa.jsonl")
+    assert len(rows) == 24
+    assert len({row["input"] for row in rows}) == 24
+    assert all(set(row) == {"input", "output"} and 60 <= len(row["output"]) <= 300 for row in rows)
+
+
+def test_tasks_sample_has_the_schema_of_elyza_tasks_100():
+    rows = read_jsonl("tasks.jsonl")
+    assert [row["task_id"] for row in rows] == list(range(10))
+    assert all(set(row) == {"task_id", "input", "output", "eval_aspect"} for row in rows)
+    assert all(row["input"].strip() and row["output"].strip() and row["eval_aspect"].strip() for row in rows)

@@ -1,0 +1,104 @@
+"""Section 1 of helpers.py: files, records, secrets."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import helpers
+from helpers import RecipeError
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def test_import_is_light():
+    """`import helpers` must not pull in the heavy libraries: it runs in the first cell, before pins are checked."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import helpers; print(time.perf_counter() - start); "
+        "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=helpers.__file__[:-11]
+    )
+    seconds, heavy = done.stdout.split("\n")[:2]
+    assert heavy == "[]"
+    assert float(seconds) < 0.5
+
+
+@given(rows=st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=4), min_size=1, max_size=5))
+def test_jsonl_round_trip(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
+    # A lone surrogate cannot be written as UTF-8; the filter drops such rows before anything is written.
+    if any("\\ud" in json.dumps(row) for row in rows):
+        return
+    assert helpers.write_jsonl(path, rows) == len(rows)
+    assert list(helpers.read_jsonl(path)) == rows
+
+
+def test_jsonl_keeps_japanese_readable_and_reads_gzip(tmp_path):
+    helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "日本語"}])
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"text": "日本語"}\n'.encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert list(helpers.read_jsonl(tmp_path / "a.jsonl.gz")) == [{"text": "日本語"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}\n{"a": \n', r"rows\.jsonl, line 2: not valid JSON"),
+        ('{"a": 1}\n\n[1]\n', r"rows\.jsonl, line 3: expected a JSON object, found list"),
+        ('{"a": 1}\n{"b": 1}\n', r"rows\.jsonl, line 2: key 'a' is missing"),
+        ("\n\n", r"rows\.jsonl: the file holds no rows"),
+    ],
+)
+def test_bad_jsonl_names_file_and_line(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RecipeError, match=message):
+        list(helpers.read_jsonl(path, required=["a"]))
+
+
+def test_bytes_that_are_not_utf8_name_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"a": "é"}\n'.encode("latin-1"))
+    with pytest.raises(RecipeError, match="line 1: not valid JSON"):
+        list(helpers.read_jsonl(path))
+
+
+def test_missing_file():
+    with pytest.raises(RecipeError, match="no such file"):
+        list(helpers.read_jsonl("nowhere.jsonl"))
+
+
+def test_load_rows_offline_hub_name_and_bad_name():
+    with pytest.raises(RecipeError, match="hub data set cannot be read"):
+        helpers.load_rows("nobody/no-such-dataset")
+    with pytest.raises(RecipeError, match=r"neither a \.jsonl file nor a hub repository"):
+        helpers.load_rows("data/sample/qa.txt")
+
+
+def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), helpers.atomic_write(path) as file:
+        file.write("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+
+
+def test_hub_token(monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert helpers.hub_token("") == ""
+    with pytest.raises(RecipeError, match="HF_TOKEN"):
+        helpers.hub_token("owner/name")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert helpers.hub_token("owner/name") == "hf_x"
+    assert helpers.hub_token("") == ""

@@ -1,0 +1,72 @@
+"""Retrieval with the tiny ColBERT through RAGatouille."""
+
+import pytest
+import torch
+
+import helpers
+
+QA = list(helpers.read_jsonl("data/sample/qa.jsonl"))
+DOCUMENTS = [row["input"] for row in QA]
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    return helpers.load_retriever("data/tiny/colbert", DOCUMENTS)
+
+
+def maxsim(retriever, query, query_length):
+    """MaxSim written out: for each token of the query the best dot product with a token of the document, summed."""
+    checkpoint = retriever.model.inference_ckpt
+    checkpoint.query_tokenizer.query_maxlen = query_length
+    (query_vectors,) = checkpoint.queryFromText([query], bsize=1)
+    scores = []
+    for document in DOCUMENTS:
+        (document_vectors,) = checkpoint.docFromText([document], bsize=1)[0]
+        scores.append(sum(max(float(q @ d) for d in document_vectors) for q in query_vectors))
+    return scores
+
+
+@pytest.mark.parametrize("query", ["健康のために歩く習慣をつけるにはどうすればよいですか。", DOCUMENTS[3]])
+def test_scores_are_those_of_plain_maxsim(retriever, query):
+    found = helpers.search(retriever, query, k=len(QA), query_max_tokens=512)
+    length = retriever.model.inference_ckpt.query_tokenizer.query_maxlen
+    expected = maxsim(retriever, query, length)
+    # A padded document scores at least 0 for every query token: RAGatouille pads with zero vectors and masks nothing.
+    torch.testing.assert_close(
+        torch.tensor([result["score"] for result in found]),
+        torch.tensor([expected[result["index"]] for result in found]),
+        atol=1e-3, rtol=1e-3,
+    )  # fmt: skip
+    assert [result["score"] for result in found] == sorted((result["score"] for result in found), reverse=True)
+
+
+def test_32_tokens_give_ragatouilles_own_scores(retriever):
+    query = "来月、家族四人で京都へ二泊三日の旅行に行きます。" * 4
+    own = retriever.search_encoded_docs(query=query, k=5)
+    ours = helpers.search(retriever, query, k=5, query_max_tokens=32)
+    assert [(result["result_index"], result["score"]) for result in own] == [
+        (result["index"], result["score"]) for result in ours
+    ]
+
+
+def test_decisive_words_at_the_end_of_a_long_query_count(retriever):
+    """2024 cut every Japanese query after about 29 tokens, so that the question at its end was never read."""
+    wanted = 5
+    filler = "先日はお忙しい中お時間をいただきまして、誠にありがとうございました。さて、早速ではございますが、"
+    query = filler * 3 + DOCUMENTS[wanted]
+    assert helpers.search(retriever, query, k=1, query_max_tokens=512)[0]["index"] == wanted
+    assert helpers.search(retriever, query, k=1, query_max_tokens=32)[0]["index"] != wanted
+
+
+def test_a_question_finds_itself_first(retriever):
+    for index, document in enumerate(DOCUMENTS):
+        assert helpers.search(retriever, document, k=1, query_max_tokens=512)[0]["index"] == index
+
+
+def test_k_larger_than_the_number_of_documents(retriever):
+    assert len(helpers.search(retriever, "質問", k=1000, query_max_tokens=512)) == len(DOCUMENTS)
+
+
+def test_equal_scores_keep_the_order_of_the_documents():
+    retriever = helpers.load_retriever("data/tiny/colbert", ["犬", "猫について", "犬", "犬"])
+    assert [result["index"] for result in helpers.search(retriever, "犬", k=3, query_max_tokens=512)] == [0, 2, 3]

@@ -1,0 +1,91 @@
+"""What the smoke run leaves behind must be right, not only there."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import helpers
+
+
+@pytest.fixture(scope="module")
+def quantized(smoke):
+    model, tokenizer = helpers.load_model("outputs/smoke/quantized", "transformers", max_seq_length=512)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def inputs(quantized):
+    return quantized[1]("### 質問:\n日本で一番高い山はどこですか。\n\n### 回答:\n", return_tensors="pt")
+
+
+def test_quantized_model_is_nf4_with_double_quantization(quantized):
+    states = [p.quant_state for p in quantized[0].parameters() if hasattr(p, "quant_state")]
+    assert len(states) == 7 * quantized[0].config.num_hidden_layers
+    assert {state.quant_type for state in states} == {"nf4"}
+    assert all(state.nested for state in states)
+    assert quantized[0].model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_provenance_names_the_base_and_every_file(smoke):
+    provenance = json.loads((smoke / "quantized/provenance.json").read_text(encoding="utf-8"))
+    assert provenance["base_model"] == "data/tiny/gemma2"
+    assert provenance["files"] == helpers.hash_folder(smoke / "quantized", skip=["provenance.json"])
+    assert provenance["logit_difference_after_reload"] == 0
+
+
+@torch.no_grad()
+def test_reload_gives_equal_logits(quantized, inputs):
+    again, _ = helpers.load_model("outputs/smoke/quantized", "transformers", max_seq_length=512)
+    assert torch.equal(again(**inputs).logits, quantized[0](**inputs).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", helpers.ENGINES)
+def test_attention_applies_softcapping(smoke, quantized, inputs, engine):
+    """The loaded model must agree with eager attention; sdpa, transformers' default, leaves the softcap out."""
+    model, _ = helpers.load_model("outputs/smoke/quantized", engine, max_seq_length=512)
+    sdpa = AutoModelForCausalLM.from_pretrained("outputs/smoke/quantized", attn_implementation="sdpa")
+    helpers.keep_weights_unpacked(sdpa)
+    assert model.config._attn_implementation != "sdpa"
+    expected = quantized[0](**inputs).logits
+    assert (model(**inputs).logits - expected).abs().max() < 1e-3
+    assert (sdpa(**inputs).logits - expected).abs().max() > 1e-2
+
+
+def test_training_lowered_the_loss(smoke):
+    metrics = json.loads((smoke / "sft_metrics.json").read_text(encoding="utf-8"))
+    assert metrics["last_loss"] < metrics["first_loss"] - 0.1
+    assert metrics["steps"] == len(metrics["loss"])
+
+
+@torch.no_grad()
+def test_adapter_changes_the_output(smoke, inputs):
+    model, _ = helpers.load_model("outputs/smoke/quantized", "transformers", max_seq_length=512)
+    before = model(**inputs).logits
+    adapted = PeftModel.from_pretrained(model, smoke / "adapter")
+    assert (adapted(**inputs).logits - before).abs().max() > 0.1
+    weights = load_file(smoke / "adapter/adapter_model.safetensors")
+    assert len(weights) == 2 * 7 * model.config.num_hidden_layers
+    assert all(tensor.any() for tensor in weights.values()), "a LoRA matrix was never trained"
+
+
+def test_saved_tokenizer_adds_exactly_one_bos(smoke):
+    for folder in ("quantized", "adapter"):
+        tokenizer = AutoTokenizer.from_pretrained(smoke / folder)
+        ids = tokenizer(helpers.build_prompt("課題", []))["input_ids"]
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.chat_template == helpers.GEMMA_CHAT_TEMPLATE
+
+
+def test_output_has_one_valid_line_a_task_in_order(smoke):
+    tasks = helpers.read_tasks("data/sample/tasks.jsonl")
+    rows = list(helpers.read_jsonl(smoke / "output.jsonl"))
+    assert [row["task_id"] for row in rows] == [task["task_id"] for task in tasks]
+    assert [row["input"] for row in rows] == [task["input"] for task in tasks]
+    assert all(row["output"].strip() and "### 質問" not in row["output"] for row in rows)
+    assert all(set(row) == {"task_id", "input", "output"} for row in rows)
