@@ -60,10 +60,10 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
 
 
 def execute(source: Path, executed: Path, parameters: dict) -> float:
-    """Run one notebook and return the seconds; RecipeError names the cell that failed and its error."""
+    """Run one notebook (log level 50: no start messages), return its seconds; RecipeError names cell and error."""
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        done = papermill.execute_notebook(source, executed, parameters, extra_arguments=["--log-level=50"])  # quiet start
+        done = papermill.execute_notebook(source, executed, parameters, extra_arguments=["--log-level=50"])
         return done.metadata.papermill.duration
     except (papermill.PapermillExecutionError, DeadKernelError) as error:
         # papermill notes "exception", true or false, on every cell that it has started: the last of them failed.

@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "smoke.yaml").write_text(SMOKE)
     reports = folder / "outputs/a"
     reports.mkdir(parents=True)
-    (reports / "filter_report.json").write_text('{"rows_in": 9, "rows_kept": 7, "dropped": {"language": 2}}')
+    (reports / "filter_report.json").write_text('{"rows_in": 9, "rows_kept": 7, "reasons": {"language": 2}}')
     (reports / "sft_metrics.json").write_text('{"first_loss": 5.5, "last_loss": 4.25}')
     result = run(folder, "smoke.yaml")
     assert result.returncode == 0, result.stderr
