@@ -24,11 +24,11 @@ from helpers import RecipeError, sha256_file, write_json
 
 
 def read_notebook(path: Path) -> tuple[str, dict]:
-    """A notebook's code, and what its cell tagged `parameters` assigns (papermill itself gives the values as text)."""
+    """The hash of a notebook's code, and what its cell tagged `parameters` assigns (papermill gives only text)."""
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     tagged = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    assigned = [node for node in ast.parse(tagged).body if isinstance(node, ast.Assign)]
-    return "\n".join(c.source for c in cells), {n.targets[0].id: ast.literal_eval(n.value) for n in assigned}
+    values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(tagged).body if isinstance(n, ast.Assign)}
+    return hashlib.sha256("\n".join(cell.source for cell in cells).encode()).hexdigest(), values
 
 
 def typed(key: str, value: object, default: object) -> object:
@@ -52,9 +52,7 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
             matching = [known for known in defaults if key in (known, known.partition(".")[2])]
             wanted |= dict.fromkeys(matching or [key], yaml.safe_load(value))
     except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
-        raise RecipeError(
-            f"{path} or --set cannot be read, `output_dir: NAME` and a section a notebook: {error}"
-        ) from None
+        raise RecipeError(f"{path} or --set: want `output_dir: NAME` and a section a notebook: {error}") from None
     for key in wanted.keys() - defaults.keys():
         close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
         raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
@@ -62,10 +60,11 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
 
 
 def execute(source: Path, executed: Path, parameters: dict) -> float:
-    """Run one notebook and return the seconds; RecipeError names the cell that failed and its error."""
+    """Run one notebook (log level 50: no start messages), return its seconds; RecipeError names cell and error."""
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return papermill.execute_notebook(source, executed, parameters).metadata.papermill.duration
+        done = papermill.execute_notebook(source, executed, parameters, extra_arguments=["--log-level=50"])
+        return done.metadata.papermill.duration
     except (papermill.PapermillExecutionError, DeadKernelError) as error:
         # papermill notes "exception", true or false, on every cell that it has started: the last of them failed.
         cells = [cell for cell in nbformat.read(executed, 4).cells if "papermill" in cell.metadata]
@@ -81,23 +80,21 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     old = record.get("parts", {})
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
         return f"changed: {', '.join(changed)}" if old else "not finished yet"
-    failed = not executed.is_file() or nbformat.read(executed, 4).metadata.papermill.exception
-    return f"{executed} is missing or holds an error" if failed else ""
+    finished = executed.is_file() and not nbformat.read(executed, 4).metadata.papermill.exception
+    return "" if finished else f"{executed} is missing or holds an error"
 
 
-def run_series(
-    output_dir: Path, chosen: dict, notebooks: dict[str, tuple[str, dict]], args: argparse.Namespace
-) -> None:
+def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
     """Run the selected notebooks of one run file that are not finished; with --dry-run only say which and why."""
-    run_json, fingerprint = output_dir / "run.json", ""
+    output_dir, fingerprint = Path(chosen[f"{min(notebooks)}.output_dir"]), ""
+    run_json = output_dir / "run.json"
     records = json.loads(run_json.read_text(encoding="utf-8")) if run_json.is_file() else {}
     for name, (code, defaults) in notebooks.items():
         if name[:2] < args.start or args.only not in (None, name[:2]):
             fingerprint = records.get(name, {}).get("fingerprint", "")
             continue
         parameters = {key: chosen[f"{name}.{key}"] for key in defaults}
-        parts = {"code": hashlib.sha256(code.encode()).hexdigest(), "helpers.py": sha256_file("helpers.py")}
-        parts |= {"the notebook before": fingerprint, **parameters}
+        parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint} | parameters
         parts |= {f"text of {v}": sha256_file(v) for v in parameters.values() if os.path.isfile(str(v))}
         fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         executed = output_dir / "notebooks" / f"{name}.ipynb"
@@ -110,6 +107,7 @@ def run_series(
             seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
             records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts}
             write_json(run_json, records)
+    print("" if args.dry_run else table(output_dir))
 
 
 def table(output_dir: Path) -> str:
@@ -128,9 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_files", nargs="+", type=Path, metavar="RUN.yaml", help="data/runs/smoke.yaml")
     parser.add_argument("--only", choices=["01", "02", "03", "04"], help="run this notebook alone")
-    parser.add_argument(
-        "--from", choices=["01", "02", "03", "04"], dest="start", default="01", help="run from this notebook on"
-    )
+    parser.add_argument("--from", choices=["01", "02", "03", "04"], dest="start", default="01", help="run from it on")
     parser.add_argument("--set", action="append", default=[], help="r=32 or 03_sft.r=32; repeatable")
     parser.add_argument("--force", action="store_true", help="run also what is finished")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
@@ -141,14 +137,12 @@ def main() -> None:
     notebooks = {path.stem: read_notebook(path) for path in sorted(Path("notebooks").glob("0*.ipynb"))}
     try:
         runs = [read_run(path, args.set, notebooks) for path in args.run_files]
-        runs_by_directory = {Path(chosen[f"{min(notebooks)}.output_dir"]): chosen for chosen in runs}
-        if len(runs_by_directory) < len(runs):
+        if len({Path(run[f"{min(notebooks)}.output_dir"]).resolve() for run in runs}) < len(runs):
             raise RecipeError("two of the run files have the same output_dir; give each its own")
-        for output_dir, chosen in runs_by_directory.items():
-            run_series(output_dir, chosen, notebooks, args)
-            print(table(output_dir))
-    except RecipeError as error:
-        sys.exit(f"run.py: {error}")
+        for run in runs:
+            run_series(run, notebooks, args)
+    except (RecipeError, KeyboardInterrupt) as error:
+        sys.exit(f"run.py: {str(error) or 'interrupted; the same command goes on with the unfinished notebook'}")
 
 
 if __name__ == "__main__":

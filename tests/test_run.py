@@ -1,0 +1,202 @@
+"""run.py on four small notebooks of its own, in a copy of the layout: real papermill, real kernels."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ["01_quantize", "02_filter_magpie", "03_sft", "04_rag_inference"]
+SMOKE = "output_dir: outputs/a\n03_sft:\n  r: 8\n"
+# Every notebook appends its name and its parameters to a log, so that order and values can be read back.
+STEP = """
+import json, os, sys
+os.makedirs(output_dir, exist_ok=True)
+with open("log.jsonl", "a") as file:
+    row = {"name": NAME, "r": globals().get("r"), "lr": globals().get("lr"), "exe": sys.executable}
+    print(json.dumps(row), file=file)
+"""
+KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
+PARAMETERS = {"03_sft": "r = 64  # rank = 64 in 2024\nlr = 1e-4\nname = 'x'\nrules = 'rules.json'"}
+
+
+def write_notebook(folder: Path, name: str, step: str = STEP) -> None:
+    parameters = 'output_dir = "outputs/full"\n' + PARAMETERS.get(name, "seed = 1")
+    cells = [
+        new_markdown_cell(f"# {name}", id="title"),
+        new_code_cell(parameters, id="params", metadata={"tags": ["parameters"]}),
+        new_code_cell(f"NAME = {name!r}\n" + step.strip(), id="step"),
+    ]
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the layout in which all four notebooks have run once."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "notebooks").mkdir()
+    for name in NAMES:
+        write_notebook(folder, name)
+    for file in ("run.py", "helpers.py"):
+        shutil.copy(ROOT / file, folder)
+    (folder / "rules.json").write_text("{}")
+    (folder / "smoke.yaml").write_text(SMOKE)
+    reports = folder / "outputs/a"
+    reports.mkdir(parents=True)
+    (reports / "filter_report.json").write_text('{"rows_in": 9, "rows_kept": 7, "reasons": {"language": 2}}')
+    (reports / "sft_metrics.json").write_text('{"first_loss": 5.5, "last_loss": 4.25}')
+    result = run(folder, "smoke.yaml")
+    assert result.returncode == 0, result.stderr
+    (folder / "first_output.txt").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "run.py", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def ran(folder: Path, *arguments: str) -> list[str]:
+    """The notebooks that one successful command runs."""
+    before = len(log(folder))
+    result = run(folder, *arguments)
+    assert result.returncode == 0, result.stderr
+    return [row["name"] for row in log(folder)[before:]]
+
+
+def test_all_four_run_in_order_with_the_run_files_values_and_this_interpreter(finished: Path) -> None:
+    rows = log(finished)
+    assert [row["name"] for row in rows] == NAMES
+    assert rows[2]["r"] == 8 and rows[2]["lr"] == 1e-4
+    assert {os.path.realpath(row["exe"]) for row in rows} == {os.path.realpath(sys.executable)}
+    assert sorted(path.stem for path in (finished / "outputs/a/notebooks").iterdir()) == NAMES
+
+
+def test_the_table_shows_the_reports_that_exist(finished: Path) -> None:
+    lines = [line.split() for line in (finished / "first_output.txt").read_text().splitlines()]
+    assert ["rows", "kept", "7", "of", "9"] in lines
+    assert ["rows", "dropped,", "language", "2"] in lines
+    assert ["loss,", "first", "and", "last", "5.500", "4.250"] in lines
+    assert not any("answered" in line for line in lines)
+    assert sum(line[:1] == ["seconds,"] for line in lines) == 4
+
+
+def test_finished_notebooks_are_skipped_unless_forced(folder: Path) -> None:
+    assert ran(folder, "smoke.yaml") == []
+    assert ran(folder, "smoke.yaml", "--force", "--only", "02") == ["02_filter_magpie"]
+
+
+def test_a_changed_parameter_reruns_its_notebook_and_those_after_it(folder: Path) -> None:
+    assert ran(folder, "smoke.yaml", "--set", "r=16") == NAMES[2:]
+    assert log(folder)[-2]["r"] == 16
+
+
+def test_changed_helpers_and_a_changed_named_file_rerun(folder: Path) -> None:
+    plan = run(folder, "smoke.yaml", "--dry-run").stdout
+    assert plan.count("finished, skipped") == 4
+    (folder / "rules.json").write_text('{"ng": []}')
+    assert "03_sft: run, changed: text of rules.json" in run(folder, "smoke.yaml", "--dry-run").stdout
+    with (folder / "helpers.py").open("a") as file:
+        file.write("\n# changed\n")
+    assert "01_quantize: run, changed: helpers.py" in run(folder, "smoke.yaml", "--dry-run").stdout
+
+
+def test_changed_code_reruns_what_follows_but_changed_prose_does_not(folder: Path) -> None:
+    path = folder / "notebooks/02_filter_magpie.ipynb"
+    path.write_text(path.read_text().replace("# 02_filter_magpie", "# The filter"))
+    assert "run," not in run(folder, "smoke.yaml", "--dry-run").stdout
+    path.write_text(path.read_text().replace("seed = 1", "seed = 2"))
+    assert ran(folder, "smoke.yaml") == NAMES[1:]
+
+
+def test_only_does_not_hide_that_an_earlier_notebook_ran_anew(folder: Path) -> None:
+    """03 alone, on the old 02; when 02 then runs with other values, 03 must run again."""
+    assert ran(folder, "smoke.yaml", "--set", "02_filter_magpie.seed=7", "--only", "03") == []
+    assert ran(folder, "smoke.yaml", "--set", "02_filter_magpie.seed=7", "--only", "02") == ["02_filter_magpie"]
+    assert ran(folder, "smoke.yaml", "--set", "02_filter_magpie.seed=7", "--from", "03") == NAMES[2:]
+
+
+def test_dry_run_prints_the_differing_values_and_runs_nothing(folder: Path) -> None:
+    before = (folder / "outputs/a/run.json").read_text()
+    result = run(folder, "smoke.yaml", "--set", "lr=2e-4", "--dry-run")
+    assert "03_sft: run, changed: lr\n" in result.stdout
+    assert "    r=8\n    lr=0.0002\n" in result.stdout
+    assert (folder / "outputs/a/run.json").read_text() == before and len(log(folder)) == 4
+
+
+@pytest.mark.parametrize(
+    ("run_file", "arguments", "message"),
+    [
+        ("output_dir: outputs/a\n03_sft: {rr: 8}\n", [], "'03_sft.rr'; did you mean 03_sft.r"),
+        ("output_dir: outputs/a\n03_stf: {r: 8}\n", [], "'03_stf.r'; did you mean 03_sft.r"),
+        (SMOKE, ["--set", "lora=8"], "unknown 'lora'"),
+        (SMOKE, ["--set", "r=many"], "03_sft.r must be int like 64, not 'many'"),
+        ("03_sft: {r: 8}\n", [], "output_dir"),
+        ("output_dir: [\n", [], "smoke.yaml"),
+        (SMOKE, ["other.yaml"], "the same output_dir"),
+        (SMOKE, ["missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_before_anything_runs(
+    folder: Path, run_file: str, arguments: list[str], message: str
+) -> None:
+    (folder / "smoke.yaml").write_text(run_file)
+    (folder / "other.yaml").write_text(SMOKE)
+    result = run(folder, "smoke.yaml", *arguments, "--force")
+    assert result.returncode == 1 and message in result.stderr
+    assert "Traceback" not in result.stderr and len(log(folder)) == 4
+
+
+def test_a_sweep_keeps_each_run_in_its_own_directory(folder: Path) -> None:
+    (folder / "other.yaml").write_text(SMOKE.replace("outputs/a", "outputs/b"))
+    assert ran(folder, "smoke.yaml", "other.yaml") == NAMES
+    assert json.loads((folder / "outputs/b/run.json").read_text()).keys() == set(NAMES)
+
+
+def test_the_first_failure_stops_and_names_notebook_cell_and_error(folder: Path) -> None:
+    write_notebook(folder, "03_sft", 'raise KeyError("no such column")')
+    result = run(folder, "smoke.yaml")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "03_sft, cell 3 (id step, `NAME = '03_sft'`): KeyError: 'no such column'" in result.stderr
+    assert json.loads((folder / "outputs/a/run.json").read_text()).keys() == {NAMES[0], NAMES[1], NAMES[3]}
+    write_notebook(folder, "03_sft")
+    assert ran(folder, "smoke.yaml") == ["03_sft"]  # 04 saw the very same 03 before
+
+
+def test_a_killed_kernel_is_named_too(folder: Path) -> None:
+    write_notebook(folder, "04_rag_inference", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    result = run(folder, "smoke.yaml")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "04_rag_inference, cell 3 (id step" in result.stderr and "out of memory?" in result.stderr
+
+
+def test_an_interrupted_notebook_runs_again(folder: Path) -> None:
+    write_notebook(folder, "03_sft", STEP + "\nimport time\ntime.sleep(0 if os.path.exists('go') else 600)")
+    process = subprocess.Popen([sys.executable, "run.py", "smoke.yaml"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(log(folder)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert "03_sft" not in json.loads((folder / "outputs/a/run.json").read_text())
+    (folder / "go").touch()
+    assert ran(folder, "smoke.yaml")[0] == "03_sft"
