@@ -5,6 +5,8 @@ PYTHON ?= python3
 # make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# The tiny models' matrices are too small to share: a second thread only waits for the first.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup smoke test lint bench
 
