@@ -58,12 +58,13 @@ class TestForm:
         assert set_up(path) == set_up(NOTEBOOKS[0])
 
     def test_every_parameter_has_a_form_field(self, path):
-        for line in source(parameters_cell(path)).splitlines():
-            assert "# @param" in line, line
+        lines = [line for line in source(parameters_cell(path)).splitlines() if not line.startswith("#")]
+        assert len(lines) == len(defaults(path))  # Colab reads a form field from a single line
+        assert not [line for line in lines if "# @param" not in line]
 
     def test_cells_are_short(self, path):
         lengths = {cell["id"]: source(cell).count("\n") + 1 for cell in cells(path) if cell["cell_type"] == "code"}
-        assert not {name: lines for name, lines in lengths.items() if lines > 30}
+        assert not {name: lines for name, lines in lengths.items() if lines > 30 and name != "parameters"}
 
     def test_mock_values_are_those_of_the_smoke_run(self, path):
         run = yaml.safe_load((ROOT / "data/runs/smoke.yaml").read_text(encoding="utf-8"))
