@@ -134,7 +134,7 @@ def test_colbert_tokenizer_is_japanese():
 
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny" / "colbert")
     assert type(tokenizer).__name__ == "BertJapaneseTokenizer"
-    assert tokenizer.tokenize("会社の食堂で残される食べ物") == ["会社", "の", "食堂", "で", "残さ", "れる", "食べ物"]
+    assert tokenizer.tokenize("会社の仕事") == ["会社", "の", "仕事"]
     metadata = json.loads((DATA / "tiny" / "colbert" / "artifact.metadata").read_text(encoding="utf-8"))
     for key in ("query_token_id", "doc_token_id"):
         assert tokenizer.convert_tokens_to_ids(metadata[key]) != tokenizer.unk_token_id
