@@ -134,12 +134,7 @@ def test_colbert_tokenizer_is_japanese():
 
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny" / "colbert")
     assert type(tokenizer).__name__ == "BertJapaneseTokenizer"
-    # MeCab's words, cut into the subwords that the small vocabulary has.
-    words = ["会社", "の", "食堂", "で", "残さ", "れる", "食べ物"]
-    pieces = tokenizer.tokenize("".join(words))
-    assert tokenizer.unk_token not in pieces
-    starts = [piece for piece in pieces if not piece.startswith("##")]
-    assert len(starts) == len(words) and all(word.startswith(start) for word, start in zip(words, starts, strict=True))
+    assert tokenizer.tokenize("会社の仕事") == ["会社", "の", "仕事"]
     metadata = json.loads((DATA / "tiny" / "colbert" / "artifact.metadata").read_text(encoding="utf-8"))
     for key in ("query_token_id", "doc_token_id"):
         assert tokenizer.convert_tokens_to_ids(metadata[key]) != tokenizer.unk_token_id

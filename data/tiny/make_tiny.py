@@ -69,7 +69,8 @@ def make_gemma_tokenizer(texts: list[str]) -> GemmaTokenizer:
     return GemmaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True, extra_special_tokens=TURNS)
 
 
-def make_gemma(folder: Path) -> Gemma2ForCausalLM:
+def make_gemma(folder: Path) -> int:
+    """Train and save the tiny Gemma 2; returns its number of parameters."""
     magpie, qa = read_pairs()
     pairs = magpie + qa
     tokenizer = make_gemma_tokenizer([SHOTS_HEAD + TASK, *(SHOT.format(*pair) for pair in pairs)])
@@ -117,7 +118,7 @@ def make_gemma(folder: Path) -> Gemma2ForCausalLM:
     # bf16, as google/gemma-2-27b is stored; it also halves the file.
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return model
+    return model.num_parameters()
 
 
 def make_colbert_tokenizer(texts: list[str], folder: Path) -> BertJapaneseTokenizer:
@@ -134,7 +135,8 @@ def make_colbert_tokenizer(texts: list[str], folder: Path) -> BertJapaneseTokeni
     return BertJapaneseTokenizer(str(vocab_file), **options)
 
 
-def make_colbert(folder: Path) -> BertModel:
+def make_colbert(folder: Path) -> int:
+    """Train and save the tiny ColBERT; returns its number of parameters."""
     magpie, qa = read_pairs()
     folder.mkdir(parents=True)
     tokenizer = make_colbert_tokenizer([text for pair in magpie + qa for text in pair], folder)
@@ -211,7 +213,7 @@ def make_colbert(folder: Path) -> BertModel:
         "nbits": 2,
     }
     (folder / "artifact.metadata").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-    return bert
+    return sum(weight.numel() for weight in weights.values())
 
 
 def main() -> None:
@@ -219,7 +221,7 @@ def main() -> None:
     for name, make in (("gemma2", make_gemma), ("colbert", make_colbert)):
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
-        parameters = make(folder).num_parameters()
+        parameters = make(folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{name}: {parameters:,} parameters, {size / 1e6:.2f} MB on disk")
 
