@@ -225,6 +225,18 @@ def hash_folder(folder: str | Path, skip: Iterable[str] = ()) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in files if path.name not in skip}
 
 
+def model_card(title: str, base_model: str, tags: Iterable[str], facts: Mapping[str, Any]) -> str:
+    """Text of a hub model card (README.md): front matter, a table of `facts`, the notice that Gemma's terms ask for."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(base_model=base_model, language="ja", license="gemma", tags=list(tags))
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{rows}\n"
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.\n"
+    )
+
+
 def parameter_count(config: Mapping[str, Any]) -> int:
     """Number of weights of a gated decoder (Gemma, Llama, Qwen, Mistral) from the values of its config.json.
 
@@ -1540,6 +1552,15 @@ def load_model(
     if model.config._name_or_path != name:
         raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
     return model, tokenizer
+
+
+def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
+    """Upload a folder to a private hub model repository; an interrupted upload goes on where it stopped."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(hub_repo, private=True, exist_ok=True)
+    api.upload_folder(repo_id=hub_repo, folder_path=folder)
 
 
 def check_adapter(adapter: str, model: str) -> None:
