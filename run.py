@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="r=32 or 03_sft.r=32; repeatable")
     parser.add_argument("--force", action="store_true", help="run also what is finished")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     os.chdir(Path(__file__).resolve().parent)
     # The kernel "python3" shall be this interpreter's, also where the user has installed another environment's.
     os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter{os.pathsep}{os.environ.get('JUPYTER_PATH', '')}"
