@@ -25,7 +25,7 @@ import time
 import types
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -806,11 +806,31 @@ def sft_text(instruction: str, response: str, eos_token: str) -> str:
     return SFT_PROMPT.format(instruction, response) + (eos_token if response else "")
 
 
+def answer_labels(ids: Sequence[int], starts: Sequence[int], prompt_length: int) -> list[int]:
+    """Labels that train on the answer alone: the id of a token that starts at character `prompt_length` or later, -100.
+
+    `starts` holds the character at which each token begins (a fast tokenizer's offset mapping); <bos> begins at 0.
+    """
+    return [token if start >= prompt_length else -100 for token, start in zip(ids, starts, strict=True)]
+
+
 def training_pairs(filtered: Iterable[Mapping[str, Any]], qa: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Join the filtered rows (instruction, response) and, after them, the QA rows (input, output)."""
     pairs = [{"instruction": row["instruction"], "response": row["response"]} for row in filtered]
     pairs += [{"instruction": row["input"], "response": row["output"]} for row in qa]
     return pairs
+
+
+def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
+    """What to change when a training step does not fit into the GPU's memory, at the same effective batch."""
+    if batch_size > 1:
+        advice = (
+            f"set per_device_train_batch_size={batch_size // 2} and gradient_accumulation_steps={accumulation * 2} "
+            f"(the effective batch stays {batch_size * accumulation}, up to rounding)"
+        )
+    else:
+        advice = "lower max_seq_length or r, or take a smaller model"
+    return RecipeError(f"the GPU's memory is full: {advice}, restart the runtime and run the notebook again")
 
 
 def checkpoint_to_resume(folder: str | Path, settings: Mapping[str, Any], finished: str | Path) -> str | None:
@@ -873,15 +893,25 @@ def read_tasks(name: str) -> list[dict[str, Any]]:
     return tasks
 
 
-def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]]) -> str:
-    """The few-shot prompt of 2024. `shots` (input, output) come most similar first and are written in inverse order,
-    so that the most similar one stands next to the task."""
+def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]], style: str = "2024") -> str:
+    """The few-shot prompt. `shots` (input, output) come most similar first and are written in inverse order, so that
+    the most similar one stands next to the task.
+
+    `style` "2024" is the prompt of 2024; "training" begins like the training texts, so that without shots it is one.
+    """
     examples = "".join(SHOT.format(input=shot["input"], output=shot["output"]) for shot in reversed(list(shots)))
-    return OPENING + examples + INSTRUCTION + QUESTION.format(input=task_input)
+    question = QUESTION.format(input=task_input)
+    if style == "training":
+        return SFT_PROMPT.partition("### 質問")[0] + examples + question
+    return OPENING + examples + INSTRUCTION + question
 
 
 def fit_shots(
-    task_input: str, shots: Sequence[Mapping[str, str]], count_tokens: Callable[[str], int], budget: int
+    task_input: str,
+    shots: Sequence[Mapping[str, str]],
+    count_tokens: Callable[[str], int],
+    budget: int,
+    style: str = "2024",
 ) -> tuple[str, int]:
     """The prompt with as many shots as fit into `budget` tokens, and their number.
 
@@ -889,10 +919,10 @@ def fit_shots(
     comes back without shots and over budget: compare `count_tokens(prompt)` with `budget`.
     """
     for number in range(len(shots), 0, -1):
-        prompt = build_prompt(task_input, shots[:number])
+        prompt = build_prompt(task_input, shots[:number], style)
         if count_tokens(prompt) <= budget:
             return prompt, number
-    return build_prompt(task_input, ()), 0
+    return build_prompt(task_input, (), style), 0
 
 
 def banned_token_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
@@ -907,6 +937,51 @@ def banned_token_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -
 def clean_answer(text: str) -> str:
     """Cut everything from a new "### 質問" on (the model went on to invent the next task) and trim white space."""
     return text.split("### 質問", maxsplit=1)[0].strip()
+
+
+def answer_key(settings: Mapping[str, Any], prompt: str) -> str:
+    """A hash of everything that an answer depends on."""
+    return hashlib.sha256(json.dumps([settings, prompt], sort_keys=True).encode()).hexdigest()
+
+
+def kept_answers(folder: str | Path, keys: Mapping[Any, str], finished: str | Path) -> dict[Any, dict[str, Any]]:
+    """Answers of an earlier run (`answers*.jsonl` below `folder`), by task_id; `keys` holds each task's `answer_key`.
+
+    A line that was cut off by a kill is left out. Answers with other keys are deleted if the run that gave them was
+    finished (the file `finished` exists); if it was interrupted, RecipeError asks what to do with them.
+    """
+    kept, other = {}, 0
+    paths = sorted(Path(folder).glob("answers*.jsonl"))
+    for path in paths:
+        whole = [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+        path.write_bytes(b"".join(line + b"\n" for line in whole))
+        for row in map(json.loads, whole):
+            if keys.get(row["task_id"]) == row["key"]:
+                kept[row["task_id"]] = row
+            else:
+                other += 1
+    if other and not Path(finished).exists():
+        raise RecipeError(
+            f"{folder}/answers.jsonl holds {other} answers of an interrupted run with other settings: set them back to "
+            "go on with it, or choose another output_dir, or delete that file"
+        )
+    if other:
+        kept = {}
+        for path in paths:
+            path.unlink()
+    Path(finished).unlink(missing_ok=True)
+    return kept
+
+
+def allowed_new_tokens(limit: int, seconds_left: float, open_tasks: int, mean_tokens: float, rate: float) -> int:
+    """How long an answer may become so that `open_tasks` more fit into `seconds_left` at `rate` tokens a second.
+
+    `limit` while answers of `mean_tokens`, the mean so far, are projected to fit; otherwise the time is shared out
+    evenly, with at least 16 tokens for each.
+    """
+    if not open_tasks or mean_tokens * open_tasks <= seconds_left * rate:
+        return limit
+    return min(limit, max(16, int(seconds_left * rate / open_tasks)))
 
 
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
@@ -959,6 +1034,46 @@ def find_model(name: str, revision: str = "") -> str:
         raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({reason[:120]})") from None
 
 
+def example_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: Any = None,
+    **_: Any,
+) -> tuple[Any, None]:
+    """Causal attention with the softcapping of Gemma 2 for training rows that hold several examples end to end.
+
+    An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. Every example gets its
+    own scores, so the work grows with the square of an example's length, not of the row's, and nothing is compiled.
+    Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
+    """
+    import torch
+
+    _, heads, tokens, width = query.shape
+    key_heads, cap = key.shape[1], softcap or 1.0
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
+    rows = (query * (scaling / cap), key, value)
+    results = []
+    for length, q, k, v in zip(lengths, *(row[0].split(lengths, dim=1) for row in rows), strict=True):
+        # Query heads that share a key head stand side by side, so that keys and values need no copies.
+        scores = torch.matmul(q.reshape(key_heads, -1, width), k.transpose(1, 2))
+        if softcap is not None:
+            scores = torch.tanh(scores) * cap
+        position = torch.arange(length, device=query.device)
+        distance = position[:, None] - position
+        hidden = (distance < 0) | (distance >= (sliding_window or tokens))
+        scores = scores.view(heads, length, length).masked_fill(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+        results.append(torch.matmul(weights.view(key_heads, -1, length), v).view(heads, length, width))
+    return torch.cat(results, dim=1).transpose(0, 1)[None], None
+
+
 def keep_weights_unpacked(model: Any) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in place at the first forward pass on a CPU with AVX512-BF16.
 
@@ -980,7 +1095,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a causal language model as it is stored (4 bit if it was saved in 4 bit) and its tokenizer.
 
-    `attention="eager"`: the default of transformers, sdpa, leaves out the softcapping of Gemma 2's attention scores.
+    `attention` is "eager", because the default of transformers, sdpa, leaves out the softcapping of Gemma 2's scores,
+    or "examples" (see `example_attention`). On a GPU unsloth brings its own attention, with softcapping.
     Raises RecipeError for an unknown engine, a missing model, a large model without a GPU, and if another model than
     `name` was loaded.
     """
@@ -993,8 +1109,9 @@ def load_model(
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
         import unsloth
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    AttentionInterface.register("examples", example_attention)
     config = AutoConfig.from_pretrained(name, revision=revision or None)
     gpu = torch.cuda.is_available()
     check_gpu(config.to_dict(), gpu)
@@ -1015,6 +1132,300 @@ def load_model(
     if model.config._name_or_path != name:
         raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
     return model, tokenizer
+
+
+def slot_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Any, None]:
+    """Attention with the softcapping of Gemma 2 for `SlotDecoder`: the arithmetic of transformers' eager attention
+    without its copies of keys and values and without holding the scores of a whole prompt.
+
+    One new token a row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width),
+    attention_mask (rows, 1, 1, columns), true where a column may be seen.
+    One prompt: query (1, heads, tokens, width), key and value (1, key heads, tokens, width), attention_mask None.
+    Returns (rows, tokens, heads, width). Inference only.
+    """
+    import torch
+
+    rows, heads, tokens, width = query.shape
+    key_heads = key.shape[1]
+    cap = softcap or 1.0
+    query = query * (scaling / cap)
+
+    def attend(query: Any, key: Any, value: Any, hidden: Any) -> Any:
+        # Query heads that share a key head stand side by side: (rows, key heads, group, tokens, width).
+        scores = torch.matmul(query.flatten(2, 3), key.transpose(2, 3))
+        if softcap is not None:
+            scores = scores.tanh_().mul_(cap)
+        scores.view(*query.shape[:-1], -1).masked_fill_(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        return torch.matmul(weights, value).view(query.shape)
+
+    query = query.view(rows, key_heads, heads // key_heads, tokens, width)
+    if attention_mask is not None:
+        result = attend(query, key, value, ~attention_mask[:, :, None])
+    else:
+        result = torch.empty_like(query)
+        for start in range(0, tokens, 512):
+            end = min(start + 512, tokens)
+            first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+            position = torch.arange(start, end, device=query.device)[:, None]
+            column = torch.arange(first, end, device=query.device)
+            hidden = column > position
+            if sliding_window is not None:
+                hidden |= column <= position - sliding_window
+            result[..., start:end, :] = attend(
+                query[..., start:end, :], key[:, :, first:end], value[:, :, first:end], hidden
+            )
+    return result.flatten(1, 2).transpose(1, 2), None
+
+
+class SlotCache:
+    """Keys and values of several answers at once, one slot (row) each, in a ring of columns.
+
+    Every decoding step writes one column of all slots. The order of columns does not matter to attention, because
+    positions are rotated into the keys before they are stored; `positions` (slots, columns) says which token a column
+    holds, -1 for none. So a new prompt can take over one slot while the others go on: it is written into the columns
+    just before the next one. Memory: 2 x layers x key heads x head width x columns values a slot.
+    """
+
+    def __init__(self, config: Any, slots: int, columns: int, device: Any, dtype: Any):
+        import torch
+
+        shape = (slots, config.num_key_value_heads, columns, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.positions = torch.full((slots, columns), -1, device=device)
+        self.columns = torch.zeros(1, dtype=torch.long, device=device)  # where the next forward pass writes
+        self.slot: int | None = None  # the slot that reads its prompt; None: all slots decode one token
+
+    def update(self, key: Any, value: Any, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Store the new keys and values of `layer`; return what this forward pass attends to (called by the model)."""
+        rows = slice(None) if self.slot is None else slice(self.slot, self.slot + 1)
+        self.keys[layer][rows].index_copy_(2, self.columns, key)
+        self.values[layer][rows].index_copy_(2, self.columns, value)
+        return (self.keys[layer], self.values[layer]) if self.slot is None else (key, value)
+
+
+class SlotDecoder:
+    """A Gemma 2 model (with or without an adapter) over a `SlotCache`: reads prompts one by one, without padding, and
+    decodes all slots together.
+
+    On a GPU the decoding step is recorded once as a CUDA graph and replayed: launched one by one its thousands of
+    small kernels would take longer than they run.
+    """
+
+    def __init__(self, model: Any, slots: int, columns: int):
+        import torch
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("slots", slot_attention)
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.config._attn_implementation = "slots"
+        self.cache = SlotCache(self.config, slots, columns, model.device, model.dtype)
+        # The tensors that a recorded step reads; they keep their place.
+        self.column = torch.zeros(1, dtype=torch.long, device=model.device)
+        self.tokens = torch.zeros((slots, 1), dtype=torch.long, device=model.device)
+        self.token_positions = torch.zeros((slots, 1), dtype=torch.long, device=model.device)
+        self.graph: Any = None
+        self.logits: Any = None
+
+    def read_prompt(self, slot: int, prompt: Sequence[int]) -> Any:
+        """Fill `slot` with the prompt (token ids); returns the scores of the next token (1, vocabulary)."""
+        import torch
+
+        cache, device = self.cache, self.model.device
+        positions = torch.arange(len(prompt), device=device)
+        cache.slot = slot
+        cache.columns = (positions + self.column - len(prompt)) % cache.positions.shape[1]
+        cache.positions[slot] = -1
+        cache.positions[slot, cache.columns] = positions
+        self.token_positions[slot] = len(prompt)
+        with torch.no_grad():
+            return self.model(
+                input_ids=torch.tensor([prompt], device=device),
+                attention_mask={"full_attention": None, "sliding_attention": None},
+                position_ids=positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+    def decode(self, tokens: Any) -> Any:
+        """Append one token a slot (slots,); returns the scores of the next ones (slots, vocabulary)."""
+        self.cache.slot = None
+        self.cache.columns = self.column
+        self.tokens.copy_(tokens[:, None])
+        if self.model.device.type != "cuda":
+            self.logits = self._step()
+        else:
+            if self.graph is None:
+                self._record()
+            self.graph.replay()
+        self.token_positions += 1
+        self.column.add_(1).remainder_(self.cache.positions.shape[1])
+        return self.logits
+
+    def _step(self) -> Any:
+        import torch
+
+        cache = self.cache
+        cache.positions.index_copy_(1, self.column, self.token_positions)
+        seen = cache.positions >= 0
+        near = seen & (cache.positions > self.token_positions - self.config.sliding_window)
+        masks = {"full_attention": seen[:, None, None], "sliding_attention": near[:, None, None]}
+        with torch.no_grad():
+            return self.model(
+                input_ids=self.tokens,
+                attention_mask=masks,
+                position_ids=self.token_positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+
+    def _record(self) -> None:
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()  # loads kernels and handles; a step may be repeated, it writes the same column again
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._step()
+
+
+def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) -> int:
+    """How many slots of `columns` tokens fit on the model's GPU beside `reserve` GiB of working memory (at least 1).
+
+    Found by asking for the memory, so that a limit of any kind counts. Without a GPU: `wanted`.
+    """
+    import torch
+
+    if model.device.type != "cuda":
+        return wanted
+    config = model.config.get_text_config()
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * columns * model.dtype.itemsize
+    torch.cuda.empty_cache()
+    for slots in range(wanted, 1, -1):
+        try:
+            torch.empty(slots * slot + int(reserve * 2**30), dtype=torch.uint8, device=model.device)
+        except torch.OutOfMemoryError:
+            continue
+        torch.cuda.empty_cache()
+        return slots
+    return 1
+
+
+def answer_all(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Callable[[int], int],
+    slots: int,
+    process: Callable[[Any, Any], Any],
+    stop: Callable[[Any, Any], Any],
+    penalize_prompt: bool = False,
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy answers to `prompts` (token ids), yielded as (index, new token ids) in the order in which they finish.
+
+    `max_new_tokens(index)` is asked after every token; it may fall while the run goes on, but not rise. `process` and
+    `stop` are transformers' LogitsProcessorList and StoppingCriteriaList: they see (rows, history) token ids, padded on
+    the left, of the new tokens alone or, with `penalize_prompt`, of prompt and new tokens. The token that stopped an
+    answer is part of it.
+    """
+    import torch
+
+    if not prompts:
+        return
+    longest = max(len(prompt) + max_new_tokens(index) for index, prompt in enumerate(prompts))
+    decoder = SlotDecoder(model, slots, longest)
+    history = torch.full((slots, longest), model.generation_config.pad_token_id or 0, device=model.device)
+    tokens = torch.zeros(slots, dtype=torch.long, device=model.device)
+    waiting = deque(range(len(prompts)))
+    running: dict[int, int] = {}  # slot: index of its prompt
+    answers: dict[int, list[int]] = {}
+    while waiting or running:
+        changed = [slot for slot in range(slots) if slot not in running][: len(waiting)]
+        for slot in changed:
+            running[slot] = index = waiting.popleft()
+            answers[index] = []
+            history[slot] = model.generation_config.pad_token_id or 0
+            if penalize_prompt:
+                history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
+            scores = decoder.read_prompt(slot, prompts[index])
+            tokens[slot] = process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
+        if not changed:
+            changed = list(running)
+            tokens = process(history, decoder.decode(tokens).float()).argmax(-1)
+        history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
+        stopped = stop(history, None).tolist()
+        for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
+            index = running[slot]
+            answers[index].append(token)
+            if stopped[slot] or len(answers[index]) >= max_new_tokens(index):
+                del running[slot]
+                yield index, answers.pop(index)
+
+
+def answer_in_batches(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Callable[[int], int],
+    batch_size: int,
+    process: Callable[[Any, Any], Any],
+    stop: Callable[[Any, Any], Any],
+    penalize_prompt: bool = False,
+) -> Iterator[tuple[int, list[int]]]:
+    """Like `answer_all`, with the model's own `generate` and batches padded on the left: the way for unsloth.
+
+    When a batch does not fit into the GPU's memory it is halved, and so are those that follow.
+    Raises RecipeError if a single prompt does not fit.
+    """
+    import torch
+
+    pad = model.generation_config.pad_token_id or 0
+    waiting = list(range(len(prompts)))
+    while waiting:
+        chosen = waiting[:batch_size]
+        width = max(len(prompts[index]) for index in chosen)
+        ids = torch.tensor([[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in chosen])
+        mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen])
+        seen = 0 if penalize_prompt else width
+        try:
+            with torch.inference_mode():
+                written = model.generate(
+                    ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    do_sample=False,
+                    max_new_tokens=max(map(max_new_tokens, chosen)),
+                    logits_processor=[lambda ids, scores, seen=seen: process(ids[:, seen:], scores)],
+                    stopping_criteria=[lambda ids, scores, width=width: stop(ids[:, width:], scores)],
+                )[:, width:].tolist()
+        except torch.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise RecipeError(
+                    f"the GPU's memory is too small for a prompt of {width} tokens: lower k or max_seq_length"
+                ) from None
+            torch.cuda.empty_cache()
+            batch_size = len(chosen) // 2
+            continue
+        waiting = waiting[len(chosen) :]
+        for index, tokens in zip(chosen, written, strict=True):
+            # generate() pads the rows that stopped early.
+            while tokens and tokens[-1] == pad:
+                tokens.pop()
+            yield index, tokens[: max_new_tokens(index)]
 
 
 def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
