@@ -187,6 +187,11 @@ class FilterSettings:
     cp932_only: bool = False
     near_duplicates: float = 0.0
 
+    @property
+    def rare_after(self) -> int:
+        """The second count's limit; `rare_share` takes the place of both counts."""
+        return 0 if self.rare_share else self.rare_after_below
+
 
 def load_filter_rules(path: str | Path) -> dict[str, tuple]:
     """`replacements` ((old, new), ...) and `ng` strings of a rules file, in its order, ready for FilterSettings."""
@@ -336,14 +341,20 @@ class FilterRules:
             self.reason_of[code_points([writable])] = 0
         for reason, characters in (("rare character", rare), ("ng string", [c for c in settings.ng if len(c) == 1])):
             self.reason_of[[ord(character) for character in characters]] = REASONS.index(reason)
-        wanted = [*self.strings, *(old for old, _ in settings.replacements)]
-        # Most texts hold none of these strings; one search spares them the replacements and the list.
-        self.guard = re.compile("|".join(map(re.escape, wanted)) or "(?!)").search
+        keys = [old for old, _ in settings.replacements]
+        # Most texts hold none of these strings: one search spares them both lists.
+        self.guard = self._any_of([*self.strings, *keys])
+        self.replaceable = self._any_of(keys)
+
+    @staticmethod
+    def _any_of(strings: Iterable[str]) -> Callable[[str], Any]:
+        return re.compile("|".join(map(re.escape, strings)) or "(?!)").search
 
     def clean(self, text: str) -> str:
         """The text after the replacements, one after the other in their order."""
-        for old, new in self.settings.replacements:
-            text = text.replace(old, new)
+        if self.replaceable(text):
+            for old, new in self.settings.replacements:
+                text = text.replace(old, new)
         return text
 
     def apply(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, dict[int, list[tuple[str, str]]]]:
@@ -442,7 +453,7 @@ def filter_shard(shard: Shard, settings: FilterSettings, rare: str) -> tuple[dic
     codes, place = codes[place >= 0], place[place >= 0]
     counts = np.bincount(codes, minlength=ord(" ") + 1)
     counts[ord(" ")] += len(kept)
-    few = np.flatnonzero((counts < settings.rare_after_below)[codes])
+    few = np.flatnonzero((counts < settings.rare_after)[codes])
     holders = defaultdict(list)
     for pair in np.unique(codes[few].astype(np.int64) << 32 | place[few]).tolist():
         holders[pair >> 32].append(pair & 0xFFFFFFFF)
@@ -470,8 +481,11 @@ def _written_row(row: dict[str, Any], judged: Mapping[str, str], rules: FilterRu
 
 
 def _dropped_line(number: int, problem: Problem, also: list[str], line: bytes) -> bytes:
-    head = _json_bytes(dict(zip(("number", "reason", "field", "match", "also"), (number, *problem, also), strict=True)))
-    return head[:-1] + b', "row": ' + line + b"}\n"
+    import orjson
+
+    reason, field, match = problem
+    head = orjson.dumps({"number": number, "reason": reason, "field": field, "match": match, "also": also})
+    return head[:-1] + b',"row":' + line + b"}\n"
 
 
 def rare_characters(rows: int, counts: np.ndarray, settings: FilterSettings) -> str:
@@ -508,7 +522,7 @@ def finish_filter(paths: Sequence[Path], output_dir: str | Path, settings: Filte
             rules[reason, match][0] += rows
             rules[reason, match][1] += only
     rows_in = sum(len(shard["kept"]) for shard in shards) + reasons.total()
-    rare = {character: count for character, count in characters.items() if count < settings.rare_after_below}
+    rare = {character: count for character, count in characters.items() if count < settings.rare_after}
     find_duplicate = _near_duplicates(settings.near_duplicates) if settings.near_duplicates else None
 
     output_dir = Path(output_dir)
@@ -570,7 +584,7 @@ def _near_duplicates(threshold: float) -> Callable[[int, Mapping[str, str]], int
 
     def find(number: int, row: Mapping[str, str]) -> int:
         text = row["instruction"] + "\n" + row["response"]
-        signature = RMinHash(num_perm=128, seed=0)
+        signature = RMinHash(num_perm=128, seed=42)
         signature.update([text[i : i + 5] for i in range(max(1, len(text) - 4))])
         if earlier := seen.get_duplicates(signature):
             return min(map(int, earlier))
