@@ -13,6 +13,7 @@ Only the standard library and numpy are imported here; heavy packages are import
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -55,9 +56,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             for number, line in enumerate(file, start=1):
-                if not line.isspace():
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not content.isspace():
                     empty = False
-                    yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                    yield number, content
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise RecipeError(f"{path}, after line {number}: cannot be unpacked ({error}); fetch it again") from None
     if empty:
@@ -293,7 +295,7 @@ def judged_texts(row: Mapping[str, Any], settings: FilterSettings) -> tuple[dict
     for field in ("response", "instruction"):
         if texts[field] is None:
             texts[field] = ""
-            problem = ("missing turn", field, "")
+            problem = problem or ("missing turn", field, "")
         elif not texts[field].strip():
             problem = problem or ("empty", field, "")
     return texts, problem
