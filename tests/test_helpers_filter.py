@@ -349,6 +349,28 @@ def test_finished_shards_of_other_rules_or_rows_are_not_taken(tmp_path):
     assert Result(tmp_path, source, {"replacements": (), "ng": ("鰯",)}, **LENIENT).reasons == {1: ("ng string", "鰯")}
 
 
+# --- beyond one machine ---------------------------------------------------------------------------------------------
+
+
+def test_the_datatrove_pipeline_keeps_the_rows_of_the_notebook(tmp_path):
+    pytest.importorskip("datatrove", reason="pip install -r requirements-datatrove.txt")
+    lines = SAMPLE.read_bytes().splitlines(keepends=True)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "0.jsonl").write_bytes(b"".join(lines[:70]))
+    (source / "1.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[70:90])))
+    (source / "2.jsonl").write_bytes(b"".join(lines[90:]))
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("02_filter_magpie: {rare_share: 0.0, rare_below: 3, rare_after_below: 2}", encoding="utf-8")
+    script = ROOT / "pipelines/datatrove_filter.py"
+    command = [sys.executable, script, source, tmp_path / "out", "--run", run_file, "--tasks", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    rules = load_filter_rules(ROOT / "data/filter_rules_reviewed.json")
+    options = {"all_turns": True, "clean_conversations": True, "nfc": True, "cp932_only": True}
+    alone = Result(tmp_path / "alone", SAMPLE, rules, rare_below=3, rare_after_below=2, **options)
+    assert (tmp_path / "out/filtered_magpie.jsonl").read_bytes() == alone.bytes != b""
+
+
 # --- improved rules -------------------------------------------------------------------------------------------------
 
 
