@@ -62,7 +62,7 @@ def grow(source: str, target: Path, rows: int) -> None:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Run a function in a process of its own: wall seconds, CPU seconds and peak MiB of that process, and the result."""
+    """Run a function in a process of its own: wall and CPU seconds, peak MiB of that process, and the result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measured, (function, *arguments))
 
@@ -148,9 +148,8 @@ def main() -> None:
                 f"| {name} | {run['wall']:.1f} | {cpu} | {options.rows / run['wall']:,.0f} | {size / run['wall']:.1f}"
                 f" | {run['peak']:.0f} | {ratio} |"
             )
-        print(
-            f"\n{report['rows_kept']:,} rows kept, files equal: {same}; {len(report['rare_characters']):,} rare characters\n"
-        )
+        print(f"\n{report['rows_kept']:,} rows kept; files equal: {same}", end="; ")
+        print(f"{len(report['rare_characters']):,} rare characters\n")
         spent = in_fresh_process(stages, corpus, Path(folder, "stages"))["result"]
         print("| stage, one process | share of CPU time |\n|---|---|")
         for stage, seconds in sorted(spent.items(), key=lambda item: -item[1]):
