@@ -274,7 +274,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     with gzip.open(tmp_path / "in.jsonl.gz", "wb") as file:
         file.write(b"\xef\xbb\xbf\n" + b"\n\n".join(json.dumps(row).encode() for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
-    for name in ("in.jsonl.gz", "in.parquet"):
+    (tmp_path / "hub").mkdir()  # `datasets` loads a folder as it loads a hub data set
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub/train.parquet")
+    for name in ("in.jsonl.gz", "in.parquet", "hub"):
         assert Result(tmp_path, tmp_path / name, **LENIENT).bytes == plain.bytes
     assert Result(tmp_path, tmp_path / "in.parquet", **LENIENT, max_rows=1).report["rows_in"] == 1
 
