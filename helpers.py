@@ -331,11 +331,10 @@ def count_characters(shard: Shard, settings: FilterSettings) -> tuple[np.ndarray
 
 
 class FilterRules:
-    """The rules of a run, compiled: single characters as a table over Unicode, strings as one regular expression."""
+    """The rules of a run, compiled into tables: one over Unicode for characters, one for how the strings begin."""
 
     def __init__(self, settings: FilterSettings, rare: str) -> None:
         self.settings = settings
-        self.strings = [text for text in dict.fromkeys(settings.ng) if len(text) > 1]
         self.reason_of = np.zeros(_CODE_POINTS, np.uint8)  # index in REASONS, 0 for an allowed character
         if settings.cp932_only:
             self.reason_of[:] = REASONS.index("not cp932")
@@ -343,20 +342,26 @@ class FilterRules:
             self.reason_of[code_points([writable])] = 0
         for reason, characters in (("rare character", rare), ("ng string", [c for c in settings.ng if len(c) == 1])):
             self.reason_of[[ord(character) for character in characters]] = REASONS.index(reason)
-        keys = [old for old, _ in settings.replacements]
-        # Most texts hold none of these strings: one search spares them both lists.
-        self.guard = self._any_of([*self.strings, *keys])
-        self.replaceable = self._any_of(keys)
+
+        self.strings = [text for text in dict.fromkeys(settings.ng) if len(text) > 1]
+        self.keys = {old for old, _ in settings.replacements}
+        self.by_head: dict[str, list[str]] = {}
+        self.may_begin = np.zeros(1 << 16, bool)  # by a hash of two characters: may a string begin with them?
+        self.is_key = np.zeros(_CODE_POINTS, bool)  # replacements of one character
+        for string in sorted({*self.strings, *self.keys}, key=len):
+            # A string of one character is looked for wherever a longer one begins with it, too.
+            self.by_head.setdefault(string[:2], list(self.by_head.get(string[0], ()))).append(string)
+            self.may_begin[self._pair_hash(code_points([string[:2]]))] = True
+            self.is_key[ord(string[0])] |= len(string) == 1
 
     @staticmethod
-    def _any_of(strings: Iterable[str]) -> Callable[[str], Any]:
-        return re.compile("|".join(map(re.escape, strings)) or "(?!)").search
+    def _pair_hash(codes: np.ndarray) -> np.ndarray:
+        return (codes[:-1] * np.uint32(0x9E37) + codes[1:]) & np.uint32(0xFFFF)
 
     def clean(self, text: str) -> str:
         """The text after the replacements, one after the other in their order."""
-        if self.replaceable(text):
-            for old, new in self.settings.replacements:
-                text = text.replace(old, new)
+        for old, new in self.settings.replacements:
+            text = text.replace(old, new)
         return text
 
     def apply(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, dict[int, list[tuple[str, str]]]]:
@@ -365,18 +370,38 @@ class FilterRules:
         Returns the cleaned texts, all their code points one after the other, and by index of a text the
         (reason, matched string) of every rule it breaks.
         """
-        texts, hits = list(texts), defaultdict(list)
-        for index, text in enumerate(texts):
-            if self.guard(text):
-                texts[index] = self.clean(text)
-                hits[index] += [("ng string", string) for string in self.strings if string in texts[index]]
-        codes = code_points(texts)
+        texts = list(texts)
+        codes, found = self._occurring(texts)
+        if changed := [index for index, strings in found.items() if not self.keys.isdisjoint(strings)]:
+            for index in changed:
+                texts[index] = self.clean(texts[index])
+            _, again = self._occurring([texts[index] for index in changed])
+            found.update({index: again[place] for place, index in enumerate(changed)})
+            codes = code_points(texts)
+        hits = defaultdict(list)
+        for index, strings in found.items():
+            hits[index] += [("ng string", string) for string in self.strings if string in strings]
         at = np.flatnonzero(self.reason_of[codes])
         owner = np.searchsorted(np.cumsum([len(text) for text in texts]), at, side="right")
         for pair in np.unique(owner << 21 | codes[at]).tolist():  # a code point has 21 bits
             code = pair & 0x1FFFFF
             hits[pair >> 21].append((REASONS[self.reason_of[code]], _character(code)))
         return texts, codes, hits
+
+    def _occurring(self, texts: Sequence[str]) -> tuple[np.ndarray, defaultdict[int, set[str]]]:
+        """The code points of the texts, and by index of a text the strings (NG or to be replaced) that occur in it."""
+        joined, codes, ends = "".join(texts), code_points(texts), np.cumsum([len(text) for text in texts])
+        begins = self.is_key[codes]
+        begins[:-1] |= self.may_begin[self._pair_hash(codes)]
+        at = np.flatnonzero(begins)
+        owner = np.searchsorted(ends, at, side="right")
+        found = defaultdict(set)
+        for start, index, end in zip(at.tolist(), owner.tolist(), ends[owner].tolist(), strict=True):
+            head = joined[start : start + 2]
+            for text in self.by_head.get(head) or self.by_head.get(head[0], ()):
+                if joined.startswith(text, start, end):
+                    found[index].add(text)
+        return codes, found
 
 
 def _character(code: int) -> str:
@@ -617,6 +642,7 @@ def run_filter(
     module; a run that was interrupted goes on from there. The folder is removed when the final files are complete.
     """
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
     from tqdm import tqdm
 
     output_dir = Path(output_dir)
@@ -648,6 +674,8 @@ def run_filter(
         )
         for size in in_processes(tasks):
             bar.update(size)
+    if num_proc > 1:
+        get_reusable_executor().shutdown()  # idle processes would stay for five minutes
 
     report = {
         "dataset": dataset,

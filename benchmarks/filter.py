@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def grow(source: str, target: Path, rows: int) -> None:
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     """Run a function in a process of its own: wall and CPU seconds, peak MiB of that process, and the result."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (function, *arguments))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measured, function, *arguments).result()
 
 
 def _measured(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
