@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pycld2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -145,6 +146,16 @@ def test_on_few_rows_absolute_limits_drop_almost_everything_and_a_share_does_not
     assert len(Result(tmp_path, rows, rare_share=0.00015).kept) > 0.5 * len(rows)
 
 
+@pytest.mark.parametrize(("rows", "kept"), [(18, 0), (19, 1)])
+def test_one_space_a_row_is_counted_with_the_text(tmp_path, rows, kept):
+    # 19 rows give 19 spaces between their texts; one more stands in the last row.
+    given = [talk(JAPANESE, JAPANESE) for _ in range(rows - 1)] + [talk(JAPANESE, JAPANESE + " " + JAPANESE)]
+    for thresholds in ({"rare_after_below": 0}, {"rare_below": 0, "rare_after_below": 20}):
+        result = Result(tmp_path, given, **thresholds)
+        assert sum(" " in row["response"] for row in result.kept) == kept
+        assert result.bytes == expected_bytes(given, **thresholds)
+
+
 def test_characters_are_counted_before_the_replacements(tmp_path):
     rows = [talk(JAPANESE, JAPANESE) for _ in range(20)]
     rows += [talk(JAPANESE, JAPANESE + "よしmitsu" * 20), talk(JAPANESE, JAPANESE + "三菱")]
@@ -178,6 +189,23 @@ def test_replacements_and_ng_strings(tmp_path, text, becomes):
     assert [kept["response"] for kept in result.kept] == ([] if becomes is None else [JAPANESE + becomes])
     assert all(kept["conversations"] == row["conversations"] for kept in result.kept)  # before replacement
     assert result.bytes == expected_bytes([row], **LENIENT)
+
+
+@pytest.mark.parametrize(
+    ("text", "becomes"), [("翻訳機", "機械"), ("翻♪訳", None), ("訳翻", None), ("翻", "翻"), ("訳", "訳")]
+)
+def test_ng_strings_are_looked_for_after_the_replacements(tmp_path, text, becomes):
+    rules = {"replacements": (("翻訳機", "機械"), ("♪", ""), ("訳翻", "翻訳")), "ng": ("翻訳",)}
+    # Texts are searched side by side: a string must not be found across the border of two.
+    rows = [talk(JAPANESE, JAPANESE + "翻"), talk("訳" + JAPANESE, JAPANESE + text)]
+    kept = [row["response"] for row in Result(tmp_path, rows, rules, **LENIENT).kept]
+    assert kept == [JAPANESE + "翻"] + ([] if becomes is None else [JAPANESE + becomes])
+
+
+def test_the_share_of_japanese_may_equal_the_limit(tmp_path):
+    share = next(share for _, code, share, _ in pycld2.detect(JAPANESE)[2] if code == "ja")
+    for percent, kept in ((share, 1), (share + 1, 0)):
+        assert len(Result(tmp_path, [talk(JAPANESE, JAPANESE)], **LENIENT, japanese_percent=percent).kept) == kept
 
 
 def test_duplicates_on_the_list_count_once(tmp_path):
@@ -342,13 +370,15 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_with_the_same_bytes(tmp_
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_finished_shards_of_other_rules_or_rows_are_not_taken(tmp_path):
-    source = write(tmp_path / "in.jsonl", [talk(JAPANESE, JAPANESE + "鰯")])
-    shard = next(helpers.read_shards(str(source)))
-    folder = tmp_path / "out/filter_shards"
-    folder.mkdir(parents=True)
-    helpers.save_shard(folder / "0123.jsonl", shard, FilterSettings(**LENIENT), "")
-    assert Result(tmp_path, source, {"replacements": (), "ng": ("鰯",)}, **LENIENT).reasons == {1: ("ng string", "鰯")}
+def test_only_shards_of_the_same_rules_are_taken(tmp_path):
+    rows = [talk(JAPANESE, JAPANESE + "鰯")]
+    blocked = tmp_path / "out/filtered_magpie.jsonl.part"
+    blocked.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):  # the shards are finished, the final files are not
+        Result(tmp_path, rows, {"replacements": (), "ng": ()}, **LENIENT)
+    blocked.rmdir()
+    stricter = Result(tmp_path, rows, {"replacements": (), "ng": ("鰯",)}, **LENIENT)
+    assert stricter.reasons == {1: ("ng string", "鰯")} and stricter.report["shards"]["found_finished"] == 0
 
 
 # --- beyond one machine ---------------------------------------------------------------------------------------------
