@@ -14,6 +14,7 @@ Only the standard library and numpy are imported here; heavy packages are import
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -26,7 +27,7 @@ import time
 import types
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -59,9 +60,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             for number, line in enumerate(file, start=1):
-                if not line.isspace():
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not content.isspace():
                     empty = False
-                    yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                    yield number, content
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise RecipeError(f"{path}, after line {number}: cannot be unpacked ({error}); fetch it again") from None
     if empty:
@@ -312,6 +314,11 @@ class FilterSettings:
     cp932_only: bool = False
     near_duplicates: float = 0.0
 
+    @property
+    def rare_after(self) -> int:
+        """The second count's limit; `rare_share` takes the place of both counts."""
+        return 0 if self.rare_share else self.rare_after_below
+
 
 def load_filter_rules(path: str | Path) -> dict[str, tuple]:
     """`replacements` ((old, new), ...) and `ng` strings of a rules file, in its order, ready for FilterSettings."""
@@ -413,7 +420,7 @@ def judged_texts(row: Mapping[str, Any], settings: FilterSettings) -> tuple[dict
     for field in ("response", "instruction"):
         if texts[field] is None:
             texts[field] = ""
-            problem = ("missing turn", field, "")
+            problem = problem or ("missing turn", field, "")
         elif not texts[field].strip():
             problem = problem or ("empty", field, "")
     return texts, problem
@@ -449,11 +456,10 @@ def count_characters(shard: Shard, settings: FilterSettings) -> tuple[np.ndarray
 
 
 class FilterRules:
-    """The rules of a run, compiled: single characters as a table over Unicode, strings as one regular expression."""
+    """The rules of a run, compiled into tables: one over Unicode for characters, one for how the strings begin."""
 
     def __init__(self, settings: FilterSettings, rare: str) -> None:
         self.settings = settings
-        self.strings = [text for text in dict.fromkeys(settings.ng) if len(text) > 1]
         self.reason_of = np.zeros(_CODE_POINTS, np.uint8)  # index in REASONS, 0 for an allowed character
         if settings.cp932_only:
             self.reason_of[:] = REASONS.index("not cp932")
@@ -461,9 +467,21 @@ class FilterRules:
             self.reason_of[code_points([writable])] = 0
         for reason, characters in (("rare character", rare), ("ng string", [c for c in settings.ng if len(c) == 1])):
             self.reason_of[[ord(character) for character in characters]] = REASONS.index(reason)
-        wanted = [*self.strings, *(old for old, _ in settings.replacements)]
-        # Most texts hold none of these strings; one search spares them the replacements and the list.
-        self.guard = re.compile("|".join(map(re.escape, wanted)) or "(?!)").search
+
+        self.strings = [text for text in dict.fromkeys(settings.ng) if len(text) > 1]
+        self.keys = {old for old, _ in settings.replacements}
+        self.by_head: dict[str, list[str]] = {}
+        self.may_begin = np.zeros(1 << 16, bool)  # by a hash of two characters: may a string begin with them?
+        self.is_key = np.zeros(_CODE_POINTS, bool)  # replacements of one character
+        for string in sorted({*self.strings, *self.keys}, key=len):
+            # A string of one character is looked for wherever a longer one begins with it, too.
+            self.by_head.setdefault(string[:2], list(self.by_head.get(string[0], ()))).append(string)
+            self.may_begin[self._pair_hash(code_points([string[:2]]))] = True
+            self.is_key[ord(string[0])] |= len(string) == 1
+
+    @staticmethod
+    def _pair_hash(codes: np.ndarray) -> np.ndarray:
+        return (codes[:-1] * np.uint32(0x9E37) + codes[1:]) & np.uint32(0xFFFF)
 
     def clean(self, text: str) -> str:
         """The text after the replacements, one after the other in their order."""
@@ -477,18 +495,38 @@ class FilterRules:
         Returns the cleaned texts, all their code points one after the other, and by index of a text the
         (reason, matched string) of every rule it breaks.
         """
-        texts, hits = list(texts), defaultdict(list)
-        for index, text in enumerate(texts):
-            if self.guard(text):
-                texts[index] = self.clean(text)
-                hits[index] += [("ng string", string) for string in self.strings if string in texts[index]]
-        codes = code_points(texts)
+        texts = list(texts)
+        codes, found = self._occurring(texts)
+        if changed := [index for index, strings in found.items() if not self.keys.isdisjoint(strings)]:
+            for index in changed:
+                texts[index] = self.clean(texts[index])
+            _, again = self._occurring([texts[index] for index in changed])
+            found.update({index: again[place] for place, index in enumerate(changed)})
+            codes = code_points(texts)
+        hits = defaultdict(list)
+        for index, strings in found.items():
+            hits[index] += [("ng string", string) for string in self.strings if string in strings]
         at = np.flatnonzero(self.reason_of[codes])
         owner = np.searchsorted(np.cumsum([len(text) for text in texts]), at, side="right")
         for pair in np.unique(owner << 21 | codes[at]).tolist():  # a code point has 21 bits
             code = pair & 0x1FFFFF
             hits[pair >> 21].append((REASONS[self.reason_of[code]], _character(code)))
         return texts, codes, hits
+
+    def _occurring(self, texts: Sequence[str]) -> tuple[np.ndarray, defaultdict[int, set[str]]]:
+        """The code points of the texts, and by index of a text the strings (NG or to be replaced) that occur in it."""
+        joined, codes, ends = "".join(texts), code_points(texts), np.cumsum([len(text) for text in texts])
+        begins = self.is_key[codes]
+        begins[:-1] |= self.may_begin[self._pair_hash(codes)]
+        at = np.flatnonzero(begins)
+        owner = np.searchsorted(ends, at, side="right")
+        found = defaultdict(set)
+        for start, index, end in zip(at.tolist(), owner.tolist(), ends[owner].tolist(), strict=True):
+            head = joined[start : start + 2]
+            for text in self.by_head.get(head) or self.by_head.get(head[0], ()):
+                if joined.startswith(text, start, end):
+                    found[index].add(text)
+        return codes, found
 
 
 def _character(code: int) -> str:
@@ -567,7 +605,7 @@ def filter_shard(shard: Shard, settings: FilterSettings, rare: str) -> tuple[dic
     codes, place = codes[place >= 0], place[place >= 0]
     counts = np.bincount(codes, minlength=ord(" ") + 1)
     counts[ord(" ")] += len(kept)
-    few = np.flatnonzero((counts < settings.rare_after_below)[codes])
+    few = np.flatnonzero((counts < settings.rare_after)[codes])
     holders = defaultdict(list)
     for pair in np.unique(codes[few].astype(np.int64) << 32 | place[few]).tolist():
         holders[pair >> 32].append(pair & 0xFFFFFFFF)
@@ -595,8 +633,11 @@ def _written_row(row: dict[str, Any], judged: Mapping[str, str], rules: FilterRu
 
 
 def _dropped_line(number: int, problem: Problem, also: list[str], line: bytes) -> bytes:
-    head = _json_bytes(dict(zip(("number", "reason", "field", "match", "also"), (number, *problem, also), strict=True)))
-    return head[:-1] + b', "row": ' + line + b"}\n"
+    import orjson
+
+    reason, field, match = problem
+    head = orjson.dumps({"number": number, "reason": reason, "field": field, "match": match, "also": also})
+    return head[:-1] + b',"row":' + line + b"}\n"
 
 
 def rare_characters(rows: int, counts: np.ndarray, settings: FilterSettings) -> str:
@@ -623,17 +664,17 @@ def finish_filter(paths: Sequence[Path], output_dir: str | Path, settings: Filte
     Drops rows with characters that the rows kept hardly use (once, as in 2024) and near duplicates. Returns the
     report: funnel, reasons, rules, rare characters. Raises AssertionError if a row were lost.
     """
-    characters, reasons, rules, shards = Counter(), Counter(), defaultdict(lambda: [0, 0]), []
+    characters, reasons, rules, rows_in = Counter(), Counter(), defaultdict(lambda: [0, 0]), 0
     for path in paths:
         with open(path, "rb") as file:
-            shards.append(json.loads(file.readline()))
-        characters.update({chr(int(code)): count for code, count in shards[-1]["characters"].items()})
-        reasons.update(shards[-1]["reasons"])
-        for reason, match, rows, only in shards[-1]["rules"]:
+            shard = json.loads(file.readline())
+        characters.update(shard["characters"])
+        reasons.update(shard["reasons"])
+        rows_in += len(shard["kept"]) + sum(shard["reasons"].values())
+        for reason, match, rows, only in shard["rules"]:
             rules[reason, match][0] += rows
             rules[reason, match][1] += only
-    rows_in = sum(len(shard["kept"]) for shard in shards) + reasons.total()
-    rare = {character: count for character, count in characters.items() if count < settings.rare_after_below}
+    rare = {chr(int(code)): count for code, count in characters.items() if count < settings.rare_after}
     find_duplicate = _near_duplicates(settings.near_duplicates) if settings.near_duplicates else None
 
     output_dir = Path(output_dir)
@@ -642,15 +683,17 @@ def finish_filter(paths: Sequence[Path], output_dir: str | Path, settings: Filte
         atomic_write(output_dir / "filtered_magpie.jsonl", binary=True) as kept_file,
         atomic_write(output_dir / "dropped_magpie.jsonl", binary=True) as dropped_file,
     ):
-        for path, shard in zip(paths, shards, strict=True):
-            holders = ((chr(int(code)), places) for code, places in shard["holders"].items())
-            held = {place: character for character, places in holders if character in rare for place in places}
+        for path in paths:
             with open(path, "rb") as file:
-                file.readline()
+                shard = json.loads(file.readline())
+                holders = ((chr(int(code)), places) for code, places in shard["holders"].items())
+                held = {place: character for character, places in holders if character in rare for place in places}
                 for place, (number, line) in enumerate(zip(shard["kept"], file, strict=False)):
                     problem = None
                     if place in held:
-                        problem = ("rare afterwards", "instruction or response", held[place])
+                        texts = judged_texts(json.loads(line), settings)[0]
+                        field = next((field for field, text in texts.items() if held[place] in text), "instruction")
+                        problem = ("rare afterwards", field, held[place])
                     elif find_duplicate and (first := find_duplicate(number, json.loads(line))):
                         problem = ("near duplicate", "instruction and response", f"row {first}")
                     if problem:
@@ -685,21 +728,23 @@ def finish_filter(paths: Sequence[Path], output_dir: str | Path, settings: Filte
 
 
 def _near_duplicates(threshold: float) -> Callable[[int, Mapping[str, str]], int]:
-    """A function that returns the number of an earlier row with almost the same text, or 0 and remembers the row.
+    """A function that returns the number of the first row with almost the same text, or remembers the row (returns 0).
 
     Estimated Jaccard similarity of the sets of 5 characters in a row, by MinHash with 128 permutations (rensa).
     """
     from rensa import RMinHash, RMinHashDeduplicator
 
-    seen = RMinHashDeduplicator(threshold, 128, True)
+    # 32 bands find nearly every pair down to a similarity of 0.6; rensa's own choice misses half of those at 0.94.
+    seen, numbers = RMinHashDeduplicator(threshold, 128, True, 32), []
 
     def find(number: int, row: Mapping[str, str]) -> int:
         text = row["instruction"] + "\n" + row["response"]
-        signature = RMinHash(num_perm=128, seed=0)
+        signature = RMinHash(num_perm=128, seed=42)
         signature.update([text[i : i + 5] for i in range(max(1, len(text) - 4))])
         if earlier := seen.get_duplicates(signature):
-            return min(map(int, earlier))
-        seen.add(str(number), signature)
+            return numbers[min(map(int, earlier))]
+        seen.add(str(len(numbers)), signature)
+        numbers.append(number)
         return 0
 
     return find
@@ -722,6 +767,7 @@ def run_filter(
     module; a run that was interrupted goes on from there. The folder is removed when the final files are complete.
     """
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
     from tqdm import tqdm
 
     output_dir = Path(output_dir)
@@ -753,6 +799,8 @@ def run_filter(
         )
         for size in in_processes(tasks):
             bar.update(size)
+    if num_proc > 1:
+        get_reusable_executor().shutdown()  # idle processes would stay for five minutes
 
     report = {
         "dataset": dataset,
@@ -763,6 +811,7 @@ def run_filter(
         "shards": {"total": len(paths), "found_finished": sum(reused)},
         "seconds": round(time.perf_counter() - began, 1),
     }
+    assert report["rows_in"] == sum(sizes), f"{sum(sizes)} rows read, {report['rows_in']} accounted for"
     write_json(output_dir / "filter_report.json", report)
     shutil.rmtree(folder)
     return report
@@ -807,11 +856,31 @@ def sft_text(instruction: str, response: str, eos_token: str) -> str:
     return SFT_PROMPT.format(instruction, response) + (eos_token if response else "")
 
 
+def answer_labels(ids: Sequence[int], starts: Sequence[int], prompt_length: int) -> list[int]:
+    """Labels that train on the answer alone: the id of a token that starts at character `prompt_length` or later, -100.
+
+    `starts` holds the character at which each token begins (a fast tokenizer's offset mapping); <bos> begins at 0.
+    """
+    return [token if start >= prompt_length else -100 for token, start in zip(ids, starts, strict=True)]
+
+
 def training_pairs(filtered: Iterable[Mapping[str, Any]], qa: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Join the filtered rows (instruction, response) and, after them, the QA rows (input, output)."""
     pairs = [{"instruction": row["instruction"], "response": row["response"]} for row in filtered]
     pairs += [{"instruction": row["input"], "response": row["output"]} for row in qa]
     return pairs
+
+
+def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
+    """What to change when a training step does not fit into the GPU's memory, at the same effective batch."""
+    if batch_size > 1:
+        advice = (
+            f"set per_device_train_batch_size={batch_size // 2} and gradient_accumulation_steps={accumulation * 2} "
+            f"(the effective batch stays {batch_size * accumulation}, up to rounding)"
+        )
+    else:
+        advice = "lower max_seq_length or r, or take a smaller model"
+    return RecipeError(f"the GPU's memory is full: {advice}, restart the runtime and run the notebook again")
 
 
 def checkpoint_to_resume(folder: str | Path, settings: Mapping[str, Any], finished: str | Path) -> str | None:
@@ -874,15 +943,25 @@ def read_tasks(name: str) -> list[dict[str, Any]]:
     return tasks
 
 
-def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]]) -> str:
-    """The few-shot prompt of 2024. `shots` (input, output) come most similar first and are written in inverse order,
-    so that the most similar one stands next to the task."""
+def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]], style: str = "2024") -> str:
+    """The few-shot prompt. `shots` (input, output) come most similar first and are written in inverse order, so that
+    the most similar one stands next to the task.
+
+    `style` "2024" is the prompt of 2024; "training" begins like the training texts, so that without shots it is one.
+    """
     examples = "".join(SHOT.format(input=shot["input"], output=shot["output"]) for shot in reversed(list(shots)))
-    return OPENING + examples + INSTRUCTION + QUESTION.format(input=task_input)
+    question = QUESTION.format(input=task_input)
+    if style == "training":
+        return SFT_PROMPT.partition("### 質問")[0] + examples + question
+    return OPENING + examples + INSTRUCTION + question
 
 
 def fit_shots(
-    task_input: str, shots: Sequence[Mapping[str, str]], count_tokens: Callable[[str], int], budget: int
+    task_input: str,
+    shots: Sequence[Mapping[str, str]],
+    count_tokens: Callable[[str], int],
+    budget: int,
+    style: str = "2024",
 ) -> tuple[str, int]:
     """The prompt with as many shots as fit into `budget` tokens, and their number.
 
@@ -890,10 +969,10 @@ def fit_shots(
     comes back without shots and over budget: compare `count_tokens(prompt)` with `budget`.
     """
     for number in range(len(shots), 0, -1):
-        prompt = build_prompt(task_input, shots[:number])
+        prompt = build_prompt(task_input, shots[:number], style)
         if count_tokens(prompt) <= budget:
             return prompt, number
-    return build_prompt(task_input, ()), 0
+    return build_prompt(task_input, (), style), 0
 
 
 def banned_token_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
@@ -908,6 +987,51 @@ def banned_token_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -
 def clean_answer(text: str) -> str:
     """Cut everything from a new "### 質問" on (the model went on to invent the next task) and trim white space."""
     return text.split("### 質問", maxsplit=1)[0].strip()
+
+
+def answer_key(settings: Mapping[str, Any], prompt: str) -> str:
+    """A hash of everything that an answer depends on."""
+    return hashlib.sha256(json.dumps([settings, prompt], sort_keys=True).encode()).hexdigest()
+
+
+def kept_answers(folder: str | Path, keys: Mapping[Any, str], finished: str | Path) -> dict[Any, dict[str, Any]]:
+    """Answers of an earlier run (`answers*.jsonl` below `folder`), by task_id; `keys` holds each task's `answer_key`.
+
+    A line that was cut off by a kill is left out. Answers with other keys are deleted if the run that gave them was
+    finished (the file `finished` exists); if it was interrupted, RecipeError asks what to do with them.
+    """
+    kept, other = {}, 0
+    paths = sorted(Path(folder).glob("answers*.jsonl"))
+    for path in paths:
+        whole = [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+        path.write_bytes(b"".join(line + b"\n" for line in whole))
+        for row in map(json.loads, whole):
+            if keys.get(row["task_id"]) == row["key"]:
+                kept[row["task_id"]] = row
+            else:
+                other += 1
+    if other and not Path(finished).exists():
+        raise RecipeError(
+            f"{folder}/answers.jsonl holds {other} answers of an interrupted run with other settings: set them back to "
+            "go on with it, or choose another output_dir, or delete that file"
+        )
+    if other:
+        kept = {}
+        for path in paths:
+            path.unlink()
+    Path(finished).unlink(missing_ok=True)
+    return kept
+
+
+def allowed_new_tokens(limit: int, seconds_left: float, open_tasks: int, mean_tokens: float, rate: float) -> int:
+    """How long an answer may become so that `open_tasks` more fit into `seconds_left` at `rate` tokens a second.
+
+    `limit` while answers of `mean_tokens`, the mean so far, are projected to fit; otherwise the time is shared out
+    evenly, with at least 16 tokens for each.
+    """
+    if not open_tasks or mean_tokens * open_tasks <= seconds_left * rate:
+        return limit
+    return min(limit, max(16, int(seconds_left * rate / open_tasks)))
 
 
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
@@ -972,16 +1096,12 @@ def has_loop(text: str) -> bool:
 
 
 def score_texts(
-    tasks: Sequence[Mapping[str, Any]],
-    answers: Sequence[str],
-    count_tokens: Callable[[str], int],
-    max_new_tokens: int,
+    tasks: Sequence[Mapping[str, Any]], answers: Sequence[str], cut: Sequence[bool]
 ) -> list[dict[str, Any]]:
-    """What can be measured on the answers' text, a dictionary a task: task_id and the names of MEASURES.
+    """What can be measured on the answers' text, a dictionary a task: task_id and names of MEASURES.
 
     chrF is sacrebleu's, on characters; ROUGE-L is the F measure of Google's rouge-score on MeCab's words (fugashi,
-    unidic-lite). Both are None for a task without a reference. `count_tokens` counts without special tokens. An answer
-    counts as cut from 98 % of `max_new_tokens` on: its text can have fewer tokens than were generated.
+    unidic-lite). Both are None for a task without a reference. `cut` says which answers ended for want of room.
     """
     from fugashi import Tagger
     from rouge_score.rouge_scorer import RougeScorer
@@ -991,7 +1111,7 @@ def score_texts(
     words = types.SimpleNamespace(tokenize=lambda text: [word.surface for word in tagger(text)])
     rouge = RougeScorer(["rougeL"], tokenizer=words)
     scored = []
-    for task, answer in zip(tasks, answers, strict=True):
+    for task, answer, ended in zip(tasks, answers, cut, strict=True):
         reference = reference_of(task)
         scored.append(
             {
@@ -1001,7 +1121,7 @@ def score_texts(
                 "japanese": japanese_share(answer),
                 "repeated": repeated_share(answer),
                 "loop": int(has_loop(answer)),
-                "cut": int(count_tokens(answer) >= 0.98 * max_new_tokens),
+                "cut": int(ended),
                 "empty": int(not answer.strip()),
                 "characters": len(answer),
             }
@@ -1010,13 +1130,14 @@ def score_texts(
 
 
 def reference_nll(
-    model: Any, tokenizer: Any, prompts: Sequence[str], references: Sequence[str], batch_size: int
+    model: Any, tokenizer: Any, prompts: Sequence[str], references: Sequence[str], batch_tokens: int = 4096
 ) -> list[float]:
     """Mean negative log-likelihood of each reference given its prompt, in nats per character of the reference.
 
     It needs no judge and no generation, and tells models apart that score alike. The end of the text is not counted.
-    Texts are sorted by length and padded on the left, so that all references of a batch end together and the model
-    computes logits for them alone; only one of them at a time is turned into fp32 (256,000 values a token).
+    Texts are sorted by length, and a batch holds as many as come to `batch_tokens`, at least one. They are padded on
+    the left, so that the references of a batch end together and the model computes logits for them alone; only one at
+    a time is turned into fp32 (256,000 values a token).
     """
     import torch
     from tqdm.auto import tqdm
@@ -1025,21 +1146,25 @@ def reference_nll(
         (tokenizer(prompt)["input_ids"], tokenizer(reference, add_special_tokens=False)["input_ids"])
         for prompt, reference in zip(prompts, references, strict=True)
     ]
-    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
-    nll = [0.0] * len(texts)
-    with torch.inference_mode(), tqdm(total=len(texts), unit="reference") as progress:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = [[*texts[i][0], *texts[i][1]] for i in chosen]
-            width = max(map(len, rows))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            keep = max(len(texts[i][1]) for i in chosen) + 1
+    rows = [prompt + reference for prompt, reference in texts]
+    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    nll = [0.0] * len(rows)
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
+    if attention == "slots":  # reads one prompt, or one token of each
+        config._attn_implementation = "eager"
+    with torch.inference_mode(), tqdm(total=len(rows), unit="reference") as progress:
+        while waiting:
+            width = len(rows[waiting[0]])
+            size = max(1, batch_tokens // width)
+            chosen, waiting = waiting[:size], waiting[size:]
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
+            mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
             logits = model(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
-                logits_to_keep=keep,
+                logits_to_keep=max(len(texts[i][1]) for i in chosen) + 1,
                 use_cache=False,
             ).logits
             for i, row in zip(chosen, logits, strict=True):
@@ -1047,6 +1172,7 @@ def reference_nll(
                 predicted = row[-len(target) - 1 : -1].float()
                 nll[i] = float(torch.nn.functional.cross_entropy(predicted, target, reduction="sum"))
             progress.update(len(chosen))
+    config._attn_implementation = attention
     return [value / len(reference) for value, reference in zip(nll, references, strict=True)]
 
 
@@ -1496,6 +1622,46 @@ def find_model(name: str, revision: str = "") -> str:
         raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({reason[:120]})") from None
 
 
+def example_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: Any = None,
+    **_: Any,
+) -> tuple[Any, None]:
+    """Causal attention with the softcapping of Gemma 2 for training rows that hold several examples end to end.
+
+    An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. Every example gets its
+    own scores, so the work grows with the square of an example's length, not of the row's, and nothing is compiled.
+    Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
+    """
+    import torch
+
+    _, heads, tokens, width = query.shape
+    key_heads, cap = key.shape[1], softcap or 1.0
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
+    rows = (query * (scaling / cap), key, value)
+    results = []
+    for length, q, k, v in zip(lengths, *(row[0].split(lengths, dim=1) for row in rows), strict=True):
+        # Query heads that share a key head stand side by side, so that keys and values need no copies.
+        scores = torch.matmul(q.reshape(key_heads, -1, width), k.transpose(1, 2))
+        if softcap is not None:
+            scores = torch.tanh(scores) * cap
+        position = torch.arange(length, device=query.device)
+        distance = position[:, None] - position
+        hidden = (distance < 0) | (distance >= (sliding_window or tokens))
+        scores = scores.view(heads, length, length).masked_fill(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+        results.append(torch.matmul(weights.view(key_heads, -1, length), v).view(heads, length, width))
+    return torch.cat(results, dim=1).transpose(0, 1)[None], None
+
+
 def keep_weights_unpacked(model: Any) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in place at the first forward pass on a CPU with AVX512-BF16.
 
@@ -1517,7 +1683,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a causal language model as it is stored (4 bit if it was saved in 4 bit) and its tokenizer.
 
-    `attention="eager"`: the default of transformers, sdpa, leaves out the softcapping of Gemma 2's attention scores.
+    `attention` is "eager", because the default of transformers, sdpa, leaves out the softcapping of Gemma 2's scores,
+    or "examples" (see `example_attention`). On a GPU unsloth brings its own attention, with softcapping.
     Raises RecipeError for an unknown engine, a missing model, a large model without a GPU, and if another model than
     `name` was loaded.
     """
@@ -1530,8 +1697,9 @@ def load_model(
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
         import unsloth
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    AttentionInterface.register("examples", example_attention)
     config = AutoConfig.from_pretrained(name, revision=revision or None)
     gpu = torch.cuda.is_available()
     check_gpu(config.to_dict(), gpu)
@@ -1552,6 +1720,300 @@ def load_model(
     if model.config._name_or_path != name:
         raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
     return model, tokenizer
+
+
+def slot_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Any, None]:
+    """Attention with the softcapping of Gemma 2 for `SlotDecoder`: the arithmetic of transformers' eager attention
+    without its copies of keys and values and without holding the scores of a whole prompt.
+
+    One new token a row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width),
+    attention_mask (rows, 1, 1, columns), true where a column may be seen.
+    One prompt: query (1, heads, tokens, width), key and value (1, key heads, tokens, width), attention_mask None.
+    Returns (rows, tokens, heads, width). Inference only.
+    """
+    import torch
+
+    rows, heads, tokens, width = query.shape
+    key_heads = key.shape[1]
+    cap = softcap or 1.0
+    query = query * (scaling / cap)
+
+    def attend(query: Any, key: Any, value: Any, hidden: Any) -> Any:
+        # Query heads that share a key head stand side by side: (rows, key heads, group, tokens, width).
+        scores = torch.matmul(query.flatten(2, 3), key.transpose(2, 3))
+        if softcap is not None:
+            scores = scores.tanh_().mul_(cap)
+        scores.view(*query.shape[:-1], -1).masked_fill_(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        return torch.matmul(weights, value).view(query.shape)
+
+    query = query.view(rows, key_heads, heads // key_heads, tokens, width)
+    if attention_mask is not None:
+        result = attend(query, key, value, ~attention_mask[:, :, None])
+    else:
+        result = torch.empty_like(query)
+        for start in range(0, tokens, 512):
+            end = min(start + 512, tokens)
+            first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+            position = torch.arange(start, end, device=query.device)[:, None]
+            column = torch.arange(first, end, device=query.device)
+            hidden = column > position
+            if sliding_window is not None:
+                hidden |= column <= position - sliding_window
+            result[..., start:end, :] = attend(
+                query[..., start:end, :], key[:, :, first:end], value[:, :, first:end], hidden
+            )
+    return result.flatten(1, 2).transpose(1, 2), None
+
+
+class SlotCache:
+    """Keys and values of several answers at once, one slot (row) each, in a ring of columns.
+
+    Every decoding step writes one column of all slots. The order of columns does not matter to attention, because
+    positions are rotated into the keys before they are stored; `positions` (slots, columns) says which token a column
+    holds, -1 for none. So a new prompt can take over one slot while the others go on: it is written into the columns
+    just before the next one. Memory: 2 x layers x key heads x head width x columns values a slot.
+    """
+
+    def __init__(self, config: Any, slots: int, columns: int, device: Any, dtype: Any):
+        import torch
+
+        shape = (slots, config.num_key_value_heads, columns, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.positions = torch.full((slots, columns), -1, device=device)
+        self.columns = torch.zeros(1, dtype=torch.long, device=device)  # where the next forward pass writes
+        self.slot: int | None = None  # the slot that reads its prompt; None: all slots decode one token
+
+    def update(self, key: Any, value: Any, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Store the new keys and values of `layer`; return what this forward pass attends to (called by the model)."""
+        rows = slice(None) if self.slot is None else slice(self.slot, self.slot + 1)
+        self.keys[layer][rows].index_copy_(2, self.columns, key)
+        self.values[layer][rows].index_copy_(2, self.columns, value)
+        return (self.keys[layer], self.values[layer]) if self.slot is None else (key, value)
+
+
+class SlotDecoder:
+    """A Gemma 2 model (with or without an adapter) over a `SlotCache`: reads prompts one by one, without padding, and
+    decodes all slots together.
+
+    On a GPU the decoding step is recorded once as a CUDA graph and replayed: launched one by one its thousands of
+    small kernels would take longer than they run.
+    """
+
+    def __init__(self, model: Any, slots: int, columns: int):
+        import torch
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("slots", slot_attention)
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.config._attn_implementation = "slots"
+        self.cache = SlotCache(self.config, slots, columns, model.device, model.dtype)
+        # The tensors that a recorded step reads; they keep their place.
+        self.column = torch.zeros(1, dtype=torch.long, device=model.device)
+        self.tokens = torch.zeros((slots, 1), dtype=torch.long, device=model.device)
+        self.token_positions = torch.zeros((slots, 1), dtype=torch.long, device=model.device)
+        self.graph: Any = None
+        self.logits: Any = None
+
+    def read_prompt(self, slot: int, prompt: Sequence[int]) -> Any:
+        """Fill `slot` with the prompt (token ids); returns the scores of the next token (1, vocabulary)."""
+        import torch
+
+        cache, device = self.cache, self.model.device
+        positions = torch.arange(len(prompt), device=device)
+        cache.slot = slot
+        cache.columns = (positions + self.column - len(prompt)) % cache.positions.shape[1]
+        cache.positions[slot] = -1
+        cache.positions[slot, cache.columns] = positions
+        self.token_positions[slot] = len(prompt)
+        with torch.no_grad():
+            return self.model(
+                input_ids=torch.tensor([prompt], device=device),
+                attention_mask={"full_attention": None, "sliding_attention": None},
+                position_ids=positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+    def decode(self, tokens: Any) -> Any:
+        """Append one token a slot (slots,); returns the scores of the next ones (slots, vocabulary)."""
+        self.cache.slot = None
+        self.cache.columns = self.column
+        self.tokens.copy_(tokens[:, None])
+        if self.model.device.type != "cuda":
+            self.logits = self._step()
+        else:
+            if self.graph is None:
+                self._record()
+            self.graph.replay()
+        self.token_positions += 1
+        self.column.add_(1).remainder_(self.cache.positions.shape[1])
+        return self.logits
+
+    def _step(self) -> Any:
+        import torch
+
+        cache = self.cache
+        cache.positions.index_copy_(1, self.column, self.token_positions)
+        seen = cache.positions >= 0
+        near = seen & (cache.positions > self.token_positions - self.config.sliding_window)
+        masks = {"full_attention": seen[:, None, None], "sliding_attention": near[:, None, None]}
+        with torch.no_grad():
+            return self.model(
+                input_ids=self.tokens,
+                attention_mask=masks,
+                position_ids=self.token_positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+
+    def _record(self) -> None:
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()  # loads kernels and handles; a step may be repeated, it writes the same column again
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._step()
+
+
+def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) -> int:
+    """How many slots of `columns` tokens fit on the model's GPU beside `reserve` GiB of working memory (at least 1).
+
+    Found by asking for the memory, so that a limit of any kind counts. Without a GPU: `wanted`.
+    """
+    import torch
+
+    if model.device.type != "cuda":
+        return wanted
+    config = model.config.get_text_config()
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * columns * model.dtype.itemsize
+    torch.cuda.empty_cache()
+    for slots in range(wanted, 1, -1):
+        try:
+            torch.empty(slots * slot + int(reserve * 2**30), dtype=torch.uint8, device=model.device)
+        except torch.OutOfMemoryError:
+            continue
+        torch.cuda.empty_cache()
+        return slots
+    return 1
+
+
+def answer_all(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Callable[[int], int],
+    slots: int,
+    process: Callable[[Any, Any], Any],
+    stop: Callable[[Any, Any], Any],
+    penalize_prompt: bool = False,
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy answers to `prompts` (token ids), yielded as (index, new token ids) in the order in which they finish.
+
+    `max_new_tokens(index)` is asked after every token; it may fall while the run goes on, but not rise. `process` and
+    `stop` are transformers' LogitsProcessorList and StoppingCriteriaList: they see (rows, history) token ids, padded on
+    the left, of the new tokens alone or, with `penalize_prompt`, of prompt and new tokens. The token that stopped an
+    answer is part of it.
+    """
+    import torch
+
+    if not prompts:
+        return
+    longest = max(len(prompt) + max_new_tokens(index) for index, prompt in enumerate(prompts))
+    decoder = SlotDecoder(model, slots, longest)
+    history = torch.full((slots, longest), model.generation_config.pad_token_id or 0, device=model.device)
+    tokens = torch.zeros(slots, dtype=torch.long, device=model.device)
+    waiting = deque(range(len(prompts)))
+    running: dict[int, int] = {}  # slot: index of its prompt
+    answers: dict[int, list[int]] = {}
+    while waiting or running:
+        changed = [slot for slot in range(slots) if slot not in running][: len(waiting)]
+        for slot in changed:
+            running[slot] = index = waiting.popleft()
+            answers[index] = []
+            history[slot] = model.generation_config.pad_token_id or 0
+            if penalize_prompt:
+                history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
+            scores = decoder.read_prompt(slot, prompts[index])
+            tokens[slot] = process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
+        if not changed:
+            changed = list(running)
+            tokens = process(history, decoder.decode(tokens).float()).argmax(-1)
+        history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
+        stopped = stop(history, None).tolist()
+        for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
+            index = running[slot]
+            answers[index].append(token)
+            if stopped[slot] or len(answers[index]) >= max_new_tokens(index):
+                del running[slot]
+                yield index, answers.pop(index)
+
+
+def answer_in_batches(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Callable[[int], int],
+    batch_size: int,
+    process: Callable[[Any, Any], Any],
+    stop: Callable[[Any, Any], Any],
+    penalize_prompt: bool = False,
+) -> Iterator[tuple[int, list[int]]]:
+    """Like `answer_all`, with the model's own `generate` and batches padded on the left: the way for unsloth.
+
+    When a batch does not fit into the GPU's memory it is halved, and so are those that follow.
+    Raises RecipeError if a single prompt does not fit.
+    """
+    import torch
+
+    pad = model.generation_config.pad_token_id or 0
+    waiting = list(range(len(prompts)))
+    while waiting:
+        chosen = waiting[:batch_size]
+        width = max(len(prompts[index]) for index in chosen)
+        ids = torch.tensor([[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in chosen])
+        mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen])
+        seen = 0 if penalize_prompt else width
+        try:
+            with torch.inference_mode():
+                written = model.generate(
+                    ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    do_sample=False,
+                    max_new_tokens=max(map(max_new_tokens, chosen)),
+                    logits_processor=[lambda ids, scores, seen=seen: process(ids[:, seen:], scores)],
+                    stopping_criteria=[lambda ids, scores, width=width: stop(ids[:, width:], scores)],
+                )[:, width:].tolist()
+        except torch.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise RecipeError(
+                    f"the GPU's memory is too small for a prompt of {width} tokens: lower k or max_seq_length"
+                ) from None
+            torch.cuda.empty_cache()
+            batch_size = len(chosen) // 2
+            continue
+        waiting = waiting[len(chosen) :]
+        for index, tokens in zip(chosen, written, strict=True):
+            # generate() pads the rows that stopped early.
+            while tokens and tokens[-1] == pad:
+                tokens.pop()
+            yield index, tokens[: max_new_tokens(index)]
 
 
 def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:

@@ -1,0 +1,163 @@
+"""The filter beside the algorithm of 2024, on one corpus and in one run.
+
+    python benchmarks/filter.py [--input ROWS.jsonl] [--rows 50000] [--processes 2]
+
+The corpus is grown from the input: its rows first, then rows of new combinations of their sentences. A sentence that
+holds a character rare in the input is used once only: in real text the tail of rare characters stays as long as the
+corpus grows. Prints Markdown: rows/s, MB/s, memory, the share of each stage, the ratio; fails if the survivors differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import multiprocessing
+import random
+import re
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/oracles")]
+import filter_2024  # noqa: E402
+import pycld2  # noqa: E402
+
+import helpers  # noqa: E402
+
+RULES = ROOT / "data/filter_rules.json"
+
+
+def grow(source: str, target: Path, rows: int) -> None:
+    """Write `rows` rows made from those of `source`; the same file for the same arguments."""
+    chance = random.Random(0)
+    given = list(helpers.read_jsonl(source))
+    texts = [turn["content"] for row in given for turn in row["conversations"] if isinstance(turn.get("content"), str)]
+    counts = Counter("".join(texts))
+    rare = {character for character, count in counts.items() if count < 20}
+
+    def sentences(text: str) -> list[str]:
+        return [part for part in re.split(r"(?<=[。？！\n])", text) if part]
+
+    pool = [part for text in texts for part in sentences(text) if part.strip() and rare.isdisjoint(part)]
+    usable = [row for row in given if all(isinstance(turn["content"], str) for turn in row["conversations"])]
+
+    def grown() -> Iterator[dict[str, Any]]:
+        yield from given[:rows]
+        for number in range(len(given), rows):
+            turns = []
+            for turn in chance.choice(usable)["conversations"]:
+                parts = sentences(turn["content"])
+                keep = [chance.random() < 0.5 and rare.isdisjoint(part) for part in parts]
+                parts = [part if kept else chance.choice(pool) for part, kept in zip(parts, keep, strict=True)]
+                turns.append({**turn, "content": "".join(parts)})
+            yield {"id": f"grown-{number:06}", "conversations": turns}
+
+    helpers.write_jsonl(target, grown())
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Run a function in a process of its own: wall and CPU seconds, peak MiB of that process, and the result."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measured, function, *arguments).result()
+
+
+def _measured(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    import joblib  # noqa: F401  imports are not part of either's time
+    import orjson  # noqa: F401
+    import tqdm  # noqa: F401
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function(*arguments)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"wall": wall, "cpu": cpu, "peak": peak, "result": result}
+
+
+def plain(source: Path, target: Path) -> int:
+    return filter_2024.filter_file(source, target, RULES)
+
+
+def ours(source: Path, output_dir: Path, processes: int) -> dict[str, Any]:
+    settings = helpers.FilterSettings(**helpers.load_filter_rules(RULES))
+    return helpers.run_filter(str(source), output_dir, settings, num_proc=processes)
+
+
+def stages(source: Path, output_dir: Path) -> dict[str, float]:
+    """CPU seconds within one run, by stage; a stage does not count what another one named here spends."""
+    spent: Counter[str] = Counter()
+    inner = [0.0]
+
+    def time_of(stage: str, owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            outer, inner[0], began = inner[0], 0.0, time.process_time()
+            try:
+                return function(*arguments, **options)
+            finally:
+                took = time.process_time() - began
+                spent[stage] += took - inner[0]
+                inner[0] = outer + took
+
+        setattr(owner, name, timed)
+
+    time_of("cld2", pycld2, "detect")
+    time_of("parse JSON", helpers, "parse_line")
+    time_of("find the two texts", helpers, "judged_texts")
+    time_of("count characters", helpers, "count_characters")
+    time_of("replacements, NG strings, rare characters", helpers.FilterRules, "apply")
+    time_of("reasons, statistics, writing the shards", helpers, "filter_shard")
+    time_of("second count, final files", helpers, "finish_filter")
+    time_of("the rest (reading, hashing, progress)", sys.modules[__name__], "ours")
+    ours(source, output_dir, 1)
+    return dict(spent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", default=str(ROOT / "data/sample/magpie.jsonl"))
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, oracle = Path(folder, "corpus.jsonl"), Path(folder, "plain.jsonl")
+        grow(options.input, corpus, options.rows)
+        size = corpus.stat().st_size / 1e6
+        print(f"{options.rows:,} rows, {size:.1f} MB, grown from {Path(options.input).name}\n", flush=True)
+        runs = {
+            "2024, linear counting": in_fresh_process(plain, corpus, oracle),
+            "ours, one process": in_fresh_process(ours, corpus, Path(folder, "one"), 1),
+            f"ours, {options.processes} processes": in_fresh_process(
+                ours, corpus, Path(folder, "many"), options.processes
+            ),
+        }
+        same = all(filecmp.cmp(oracle, Path(folder, name, "filtered_magpie.jsonl"), False) for name in ("one", "many"))
+        report = runs["ours, one process"]["result"]
+        print("| | wall s | CPU s | rows/s | MB/s | peak MiB | times as fast (CPU) |\n|---|---|---|---|---|---|---|")
+        first = runs["2024, linear counting"]
+        for index, (name, run) in enumerate(runs.items()):
+            # The CPU time of a run's own child processes is not in the figure, so it is left out.
+            cpu, ratio = (f"{run['cpu']:.1f}", f"{first['cpu'] / run['cpu']:.1f}") if index < 2 else ("", "")
+            print(
+                f"| {name} | {run['wall']:.1f} | {cpu} | {options.rows / run['wall']:,.0f} | {size / run['wall']:.1f}"
+                f" | {run['peak']:.0f} | {ratio} |"
+            )
+        print(f"\n{report['rows_kept']:,} rows kept; files equal: {same}", end="; ")
+        print(f"{len(report['rare_characters']):,} rare characters\n")
+        spent = in_fresh_process(stages, corpus, Path(folder, "stages"))["result"]
+        print("| stage, one process | share of CPU time |\n|---|---|")
+        for stage, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+            print(f"| {stage} | {seconds / sum(spent.values()):.0%} |")
+    if not same:
+        sys.exit("the survivors differ from those of 2024")
+
+
+if __name__ == "__main__":
+    main()

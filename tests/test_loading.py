@@ -1,0 +1,73 @@
+"""Section 7 of helpers.py: the model that is loaded must be the model that was named."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import helpers
+from helpers import RecipeError
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """`m-bnb-4bit`, which is not quantized, and beside it another model `m`, to which unsloth redirects on a CPU."""
+    for name in ("m-bnb-4bit", "m"):
+        shutil.copytree("data/tiny/gemma2", tmp_path / name)
+    return tmp_path / "m-bnb-4bit"
+
+
+def test_another_model_than_named_stops_the_run(two_models):
+    with pytest.raises(RecipeError, match=rf"unsloth loaded {two_models.parent}/m instead of {two_models}"):
+        helpers.load_model(str(two_models), "unsloth", max_seq_length=64)
+
+
+def test_the_plain_engine_loads_what_was_named(two_models):
+    model, _ = helpers.load_model(str(two_models), "transformers", max_seq_length=64)
+    assert model.config._name_or_path == str(two_models)
+
+
+def test_unsloth_knows_a_repository_of_its_own_for_gemma_2_27b():
+    """Why the guard is needed: on a GPU unsloth puts this repository in the place of google/gemma-2-27b."""
+    mapper = Path(importlib.util.find_spec("unsloth").origin).parent / "models" / "mapper.py"
+    (pairs,) = re.findall(r'"(unsloth/gemma-2-27b-bnb-4bit)"\s*: \(([^)]*)\)', mapper.read_text(encoding="utf-8"))
+    assert "google/gemma-2-27b" in pairs[1]
+
+
+def test_adapter_of_another_base_stops_the_run(tmp_path):
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "unsloth/gemma-2-27b-bnb-4bit",
+        "target_modules": ["q_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    helpers.check_adapter(str(tmp_path), "unsloth/gemma-2-27b-bnb-4bit")
+    with pytest.raises(RecipeError, match=r"trained on unsloth/gemma-2-27b-bnb-4bit, not on google/gemma-2-27b"):
+        helpers.check_adapter(str(tmp_path), "google/gemma-2-27b")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data", "holds no config.json"),
+        ("outputs/nowhere/quantized", "no such folder"),
+        ("nobody/nothing", "the hub cannot be reached"),
+    ],
+)
+def test_missing_models(name, message):
+    with pytest.raises(RecipeError, match=message):
+        helpers.find_model(name)
+
+
+def test_full_size_model_without_a_gpu(tmp_path):
+    """Refused from config.json alone, before 54 GB are downloaded or read."""
+    config = json.loads((ROOT / "data/tiny/gemma2/config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 4608, "intermediate_size": 36864, "num_hidden_layers": 46, "vocab_size": 256_000}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"no GPU here, and the model has 27\.2 billion weights"):
+        helpers.load_model(str(tmp_path), "transformers", max_seq_length=64)
