@@ -1175,7 +1175,9 @@ def load_model(
             **options,
         )
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, device_map="auto" if gpu else "cpu", **options)
+        device = os.environ.get("LOCAL_RANK")  # set by `accelerate launch`: one process a GPU, the whole model on each
+        device_map = "cpu" if not gpu else {"": int(device)} if device else "auto"
+        model = AutoModelForCausalLM.from_pretrained(name, device_map=device_map, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
     keep_weights_unpacked(model)
     if model.config._name_or_path != name:
