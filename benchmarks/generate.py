@@ -68,12 +68,16 @@ def load(folder: str, engine: str, tiny: bool):
         folder,
         dtype=dtype,
         device_map="cpu" if tiny else {"": 0},
-        attn_implementation="eager" if tiny else "flex_attention",
+        attn_implementation="eager",
     )
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # peft keeps it float32, which costs a cast of every input
             parameter.data = parameter.data.to(dtype)
+    if not tiny:
+        from liger_kernel.transformers import apply_liger_kernel_to_gemma2
+
+        apply_liger_kernel_to_gemma2(geglu=False, fused_linear_cross_entropy=False, model=model.get_base_model())
     return model.eval()
 
 
@@ -131,10 +135,10 @@ def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -
     def never(history, _scores):
         return torch.zeros(len(history), dtype=torch.bool, device=history.device)
 
-    warm_up = [prompt[:2048] for prompt in prompts[:2]]
-    list(answer_all(model, warm_up, lambda index: 3, 1, process, never))
+    options = {"process": process, "stop": never, "penalize_prompt": True}
+    list(answer_all(model, [prompts[0][:2048]], max_new_tokens=lambda _index: 3, slots=1, **options))  # warms up
     started = time.time()
-    answers = dict(answer_all(model, prompts, lengths.__getitem__, number, process, never, hide_prompt=False))
+    answers = dict(answer_all(model, prompts, max_new_tokens=lengths.__getitem__, slots=number, **options))
     seconds = time.time() - started
     return {
         "slots": number,
