@@ -120,8 +120,9 @@ def loop_2024(folder: str, engine: str, tiny: bool, count: int, measured: int) -
 def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -> dict:
     """All tasks through `answer_all`."""
     import torch
-    from slots import answer_all, slots_that_fit
     from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    from helpers import answer_all, slots_that_fit
 
     if memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory

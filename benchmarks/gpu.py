@@ -22,6 +22,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 GEMMA_2_27B = {
     "num_hidden_layers": 46,
     "hidden_size": 4608,
@@ -160,8 +162,9 @@ def load_for_training(folder: str, setting: dict):
         return model, tokenizer
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from slots import example_attention
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    from helpers import example_attention
 
     AttentionInterface.register("examples", example_attention)
     model = AutoModelForCausalLM.from_pretrained(
