@@ -1695,6 +1695,12 @@ def load_model(
         # unsloth patches the libraries at import, so it comes before them; no usage statistics, cache out of the way.
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
+        # unsloth 2026.10.9 compiles each block; on torch 2.11, which Colab has, the compiler fails at that with an
+        # AssertionError in the first training step.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        import torch._dynamo
+
+        torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
         import unsloth
     import torch
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -1704,7 +1710,9 @@ def load_model(
     gpu = torch.cuda.is_available()
     check_gpu(config.to_dict(), gpu)
     quantized = getattr(config, "quantization_config", None) is not None
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention, "revision": revision or None}
+    options = {"dtype": getattr(torch, dtype), "revision": revision or None}
+    if engine != "unsloth" or not gpu:
+        options["attn_implementation"] = attention
     if engine == "unsloth":
         model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
             name,
@@ -1714,7 +1722,9 @@ def load_model(
             **options,
         )
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, device_map="auto" if gpu else "cpu", **options)
+        device = os.environ.get("LOCAL_RANK")  # set by `accelerate launch`: one process a GPU, the whole model on each
+        device_map = "cpu" if not gpu else {"": int(device)} if device else "auto"
+        model = AutoModelForCausalLM.from_pretrained(name, device_map=device_map, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
     keep_weights_unpacked(model)
     if model.config._name_or_path != name:

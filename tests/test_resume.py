@@ -1,51 +1,107 @@
-"""Notebook 03 killed in the middle and started again must end with the loss curve of an uninterrupted run."""
+"""Notebooks killed in the middle, and notebooks run in two processes, must end like an undisturbed run."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 
+import nbformat
+import papermill
 import psutil
 import pytest
 from conftest import ROOT
 
+TRAIN = {"engine": "transformers", "r": 4, "lora_alpha": 4, "optim": "adamw_torch", "qa_data": "data/sample/qa.jsonl"}
+TRAIN |= {"max_seq_length": 64, "max_steps": 30, "warmup_steps": 2, "save_steps": 5, "logging_steps": 1}
+TRAIN |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "wandb_project": ""}
+ANSWER = {"tasks": "data/sample/tasks.jsonl", "qa_data": "data/sample/qa.jsonl", "retriever": "data/tiny/colbert"}
+ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 40, "batch_size": 2}
 
-def start(output_dir, smoke):
+
+def parameters(name, output_dir, smoke, **values):
+    common = {"output_dir": str(output_dir), "model": str(smoke / "quantized")}
+    files = {"train_data": str(smoke / "filtered_magpie.jsonl")} if name == "03_sft" else {}
+    files |= {"adapter": str(smoke / "adapter")} if name == "04_rag_inference" else {}
+    return (TRAIN if name == "03_sft" else ANSWER) | common | files | values
+
+
+def start(name, output_dir, smoke):
+    """Start a notebook as its users do; it runs in a kernel, a process of its own."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    values = {"output_dir": output_dir, "model": smoke / "quantized", "train_data": smoke / "filtered_magpie.jsonl"}
-    values |= {
-        "qa_data": "data/sample/qa.jsonl",
-        "engine": "transformers",
-        "r": 4,
-        "lora_alpha": 4,
-        "optim": "adamw_torch",
-    }
-    values |= {"max_seq_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    values |= {"max_steps": 40, "warmup_steps": 2, "save_steps": 5, "logging_steps": 1, "wandb_project": ""}
-    arguments = [text for name, value in values.items() for text in ("-p", name, str(value))]
-    command = ["notebooks/03_sft.ipynb", str(output_dir / "out.ipynb"), "--no-progress-bar", *arguments]
+    values = [text for pair in parameters(name, output_dir, smoke).items() for text in ("-p", pair[0], str(pair[1]))]
+    command = [f"notebooks/{name}.ipynb", str(output_dir / "out.ipynb"), "--no-progress-bar", *values]
     return subprocess.Popen([sys.executable, "-m", "papermill", *command], cwd=ROOT)
 
 
-def loss_curve(output_dir):
-    return json.loads((output_dir / "sft_metrics.json").read_text(encoding="utf-8"))["loss"]
+def kill_when(process, reached):
+    """kill -9 papermill and its kernel as soon as `reached()`."""
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.kill()
+    process.wait()
+
+
+def losses(output_dir):
+    report = json.loads((output_dir / "sft_metrics.json").read_text(encoding="utf-8"))
+    return [loss for _, loss in report["loss"]]
 
 
 def test_killed_training_goes_on_and_ends_the_same(smoke, tmp_path):
-    assert start(tmp_path / "whole", smoke).wait() == 0
-    killed = start(tmp_path / "killed", smoke)
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "killed/checkpoints/checkpoint-10/trainer_state.json").exists():
-        assert killed.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    # papermill and its kernel, which is a process group of its own
-    for process in [*psutil.Process(killed.pid).children(recursive=True), psutil.Process(killed.pid)]:
-        process.kill()
-    killed.wait()
-    assert not (tmp_path / "killed/sft_metrics.json").exists()
-    assert start(tmp_path / "killed", smoke).wait() == 0
-    resumed, whole = loss_curve(tmp_path / "killed"), loss_curve(tmp_path / "whole")
-    assert len(whole) == 40
-    assert [step for step, _ in resumed] == [step for step, _ in whole]
-    assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in whole], rel=1e-6)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start("03_sft", whole, smoke).wait() == 0
+    checkpoint = killed / "checkpoints/checkpoint-10/trainer_state.json"
+    kill_when(start("03_sft", killed, smoke), checkpoint.exists)
+    assert not (killed / "sft_metrics.json").exists()
+    assert start("03_sft", killed, smoke).wait() == 0
+    assert losses(killed) == pytest.approx(losses(whole), rel=1e-6)
+    assert len(losses(whole)) == TRAIN["max_steps"]
+
+
+def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start("04_rag_inference", whole, smoke).wait() == 0
+    log = killed / "answers.jsonl"
+    kill_when(start("04_rag_inference", killed, smoke), lambda: log.exists() and log.read_bytes().count(b"\n") >= 3)
+    assert not (killed / "output.jsonl").exists()
+    finished = [line for line in log.read_bytes().split(b"\n")[:-1]]
+    assert len(finished) < 10
+    assert start("04_rag_inference", killed, smoke).wait() == 0
+    assert log.read_bytes().split(b"\n")[: len(finished)] == finished
+    assert (killed / "output.jsonl").read_bytes() == (whole / "output.jsonl").read_bytes()
+
+
+def run_in_processes(count, name, output_dir, smoke, **values):
+    """Run a notebook's code under `accelerate launch` with several processes (gloo)."""
+    output_dir.mkdir(parents=True)
+    prepared = papermill.execute_notebook(
+        ROOT / f"notebooks/{name}.ipynb", None, parameters(name, output_dir, smoke, **values), prepare_only=True
+    )
+    script = output_dir / "script.py"
+    code = [cell.source for cell in nbformat.from_dict(prepared).cells if cell.cell_type == "code"]
+    script.write_text("\n\n".join(code), encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"MPLBACKEND": "agg"}
+    done = subprocess.run(
+        [*launch, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_train_like_one_with_twice_the_accumulation(smoke, tmp_path):
+    values = {"neftune_noise_alpha": 0, "max_steps": 6}
+    run_in_processes(1, "03_sft", tmp_path / "one", smoke, gradient_accumulation_steps=4, **values)
+    run_in_processes(2, "03_sft", tmp_path / "two", smoke, gradient_accumulation_steps=2, **values)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+
+
+def test_two_processes_answer_like_one(smoke, tmp_path):
+    run_in_processes(1, "04_rag_inference", tmp_path / "one", smoke)
+    run_in_processes(2, "04_rag_inference", tmp_path / "two", smoke)
+    assert len(list((tmp_path / "two").glob("answers.*.jsonl"))) == 2
+    assert (tmp_path / "two/output.jsonl").read_bytes() == (tmp_path / "one/output.jsonl").read_bytes()
