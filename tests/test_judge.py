@@ -7,6 +7,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from test_notebooks import execute
 
 import helpers
 
@@ -181,3 +182,20 @@ def test_tasks_without_reference_are_not_judged(serve, tmp_path):
     server = serve(GOOD)
     tasks = [{**TASKS[0], "output": None}, TASKS[1]]
     assert judge(server, tmp_path, tasks, ANSWERS[:2])["grades"] == {1: 4}
+
+
+@pytest.mark.parametrize(("references", "graded"), [(["420", None, ""], {"0": 4}), ([None, None, None], {})])
+def test_notebook_scores_the_tasks_with_a_reference(serve, smoke, tmp_path, monkeypatch, references, graded):
+    """The judge at work in notebook 04; a missing reference is no error, and the key is in no file."""
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
+    tasks = [{"task_id": i, "input": f"課題{i}", "output": text} for i, text in enumerate(references)]
+    helpers.write_jsonl(tmp_path / "tasks.jsonl", tasks)
+    values = {"tasks": str(tmp_path / "tasks.jsonl"), "model": str(smoke / "quantized"), "adapter": "none", "k": 1}
+    server = serve(GOOD)
+    execute("04_rag_inference", tmp_path / "run", **values, judge_base_url=server.url, judge_model="judge-1")
+    scores = json.loads((tmp_path / "run/scores.json").read_text(encoding="utf-8"))
+    assert (scores["tasks_with_reference"], scores["judge"]["grades"]) == (len(graded), graded)
+    assert [scored["chrf"] is not None for scored in scores["per_task"]] == [bool(text) for text in references]
+    assert scores["mean"]["characters"]["tasks"] == 3
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"secret-key" in path.read_bytes()]
