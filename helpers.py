@@ -2035,14 +2035,36 @@ def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
     api.upload_folder(repo_id=hub_repo, folder_path=folder)
 
 
+def model_provenance(name: str) -> dict[str, Any]:
+    """What notebook 01 recorded of a quantized model (its provenance.json), {} for any other model."""
+    if Path(name).is_dir():
+        path = Path(name) / "provenance.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return json.loads(Path(hf_hub_download(name, "provenance.json")).read_text(encoding="utf-8"))
+    except EntryNotFoundError:
+        return {}
+
+
 def check_adapter(adapter: str, model: str) -> None:
-    """Raise RecipeError if the adapter was trained on another base than `model` (see its adapter_config.json)."""
+    """Raise RecipeError if the adapter was trained on another base than `model`.
+
+    The same base is the name that the adapter's config records, the same folder, or the same files (notebook 03 keeps
+    the base's provenance.json in the adapter as base_provenance.json), so that a folder may be moved or pushed.
+    """
     find_model(adapter)
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if base != model:
-        raise RecipeError(f"the adapter {adapter} was trained on {base}, not on {model}: name the same model in both")
+    if base == model or Path(base).resolve() == Path(model).resolve():
+        return
+    recorded = Path(adapter) / "base_provenance.json"
+    if recorded.is_file() and json.loads(recorded.read_text(encoding="utf-8")) == (model_provenance(model) or None):
+        return
+    raise RecipeError(f"the adapter {adapter} was trained on {base}, not on {model}: name the same model in both")
 
 
 def mend_ragatouille() -> None:
