@@ -1465,22 +1465,28 @@ def compare_scores(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 row = {"run": run["name"], "measure": name, "subset": subset, **mean_interval(list(own.values()))}
                 if run is not runs[0]:
                     pairs = [value - first[task] for task, value in own.items() if task in first]
-                    paired = mean_interval(pairs)
-                    row |= {f"difference_{key}": value for key, value in paired.items()}
-                    row["verdict"] = verdict(paired, direction)
+                    row |= {f"difference_{key}": value for key, value in mean_interval(pairs).items()}
+                    row["verdict"] = verdict(pairs, direction)
                 rows.append(row)
     return rows
 
 
-def verdict(difference: Mapping[str, Any], direction: int) -> str:
-    """In plain words whether a paired difference (from `mean_interval`) can be told from noise."""
-    if difference["low"] is None:
+def verdict(differences: Sequence[float], direction: int) -> str:
+    """In plain words whether paired differences can be told from noise: a sign-flip test at 5 % (scipy).
+
+    It holds its 5 % of false alarms with few tasks, too; of 95 % bootstrap intervals over 20 tasks 8 to 14 in 100 miss
+    the truth when most differences are 0 or a few are large.
+    """
+    from scipy.stats import permutation_test
+
+    if len(differences) < 6:  # below, no result of this test is rarer than 5 %
         return UNTOLD[1]
-    if difference["low"] <= 0 <= difference["high"]:
+    test = permutation_test((differences,), np.mean, permutation_type="samples", vectorized=True, rng=0)
+    if test.pvalue >= 0.05:
         return UNTOLD[0]
     if not direction:
-        return "higher" if difference["mean"] > 0 else "lower"
-    return "better" if difference["mean"] * direction > 0 else "worse"
+        return "higher" if test.statistic > 0 else "lower"
+    return "better" if test.statistic * direction > 0 else "worse"
 
 
 def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
@@ -1527,6 +1533,7 @@ def comparison_markdown(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mappin
     text = f"# Comparison of {len(runs)} runs over {len(runs[0]['tasks'])} tasks\n\n"
     text += "Settings that differ:\n\n" + _markdown_table(["", *names], lines) if lines else "No setting differs.\n"
     text += "\nMean and 95 % bootstrap interval; the difference is paired, task by task, against the first run.\n"
+    text += "The verdict is that of a sign-flip test at 5 %, which is right with few tasks, too.\n"
     for subset in dict.fromkeys(row["subset"] for row in rows):
         chosen = [row for row in rows if row["subset"] == subset]
         lines = [
@@ -1546,7 +1553,8 @@ def comparison_markdown(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mappin
             others = [row for row in chosen if row["run"] == name and "verdict" in row]
             text += f"- {_sentence(name, names[0], others)}\n"
     legend = "".join(f"- {name}: {MEASURES[name][0]}\n" for name in dict.fromkeys(row["measure"] for row in rows))
-    return f"{text}\n{legend}\nWith {len(rows)} intervals at 95 %, one in twenty misses the truth by chance alone.\n"
+    told = sum("verdict" in row for row in rows)
+    return f"{text}\n{legend}\nOf {told} comparisons one in twenty comes out clear by chance alone.\n"
 
 
 def _sentence(run: str, first: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -89,6 +89,30 @@ def test_everything_is_given_without_the_tasks_that_a_run_has_seen(tmp_path, noi
     assert (clean["tasks"], float(clean["difference_mean"])) == ("37", 0)
 
 
+def test_noise_is_rarely_called_a_difference_even_with_few_tasks():
+    """20 tasks, most of them answered alike: a bootstrap interval alone is wrong in more than one of ten here."""
+    random = np.random.default_rng(3)
+    samples = np.where(random.random((150, 20)) < 0.65, 0, random.normal(size=(150, 20)))
+    alarms = sum(helpers.verdict(sample.tolist(), 1) != "cannot be told from noise" for sample in samples)
+    assert alarms <= 150 * 0.08
+
+
+@pytest.mark.parametrize(
+    ("differences", "direction", "expected"),
+    [
+        ([1.0] * 6, 1, "better"),
+        ([1.0] * 6, -1, "worse"),
+        ([-1.0] * 6, 0, "lower"),
+        ([1.0] * 5, 1, "too few tasks to tell"),
+        ([], 1, "too few tasks to tell"),
+        ([0.0] * 20, 1, "cannot be told from noise"),
+        ([1.0, -1.0] * 10, 1, "cannot be told from noise"),
+    ],
+)
+def test_verdict(differences, direction, expected):
+    assert helpers.verdict(differences, direction) == expected
+
+
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40))
 def test_interval_holds_the_mean_and_lies_within_the_values(values):
     found = helpers.mean_interval(values)
