@@ -31,5 +31,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
+# Without a GPU; on one leave --tiny away.
 bench: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/filter.py
+	$(BIN)/python benchmarks/gpu.py --tiny
+	$(BIN)/python benchmarks/generate.py --tiny
