@@ -84,7 +84,7 @@ def run_in_processes(count, name, output_dir, smoke, **values):
     script = output_dir / "script.py"
     code = [cell.source for cell in nbformat.from_dict(prepared).cells if cell.cell_type == "code"]
     script.write_text("\n\n".join(code), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     environment = os.environ | {"MPLBACKEND": "agg"}
     done = subprocess.run(
         [*launch, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
