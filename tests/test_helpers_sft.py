@@ -82,10 +82,8 @@ def test_finished_training_starts_anew(tmp_path):
     assert not list(folder.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"), [("富士山です。", "富士山です。"), ("\n改行で始まる", "\n改行で始まる")]
-)
-def test_answer_labels_cover_the_answer_and_nothing_else(response, answer):
+@pytest.mark.parametrize("response", ["富士山です。", "### 回答:\nを含む答え", "🎂"])
+def test_answer_labels_cover_the_answer_and_nothing_else(response):
     tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
     text = helpers.sft_text("日本で一番高い山は？", response, tokenizer.eos_token)
     encoded = tokenizer(text, return_offsets_mapping=True)
