@@ -3,6 +3,7 @@
 A run file holds `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
 What is finished (<output_dir>/run.json) is skipped until its code, helpers.py, a parameter, a file that a parameter
 names or the notebook before it changes. Executed notebooks are kept in <output_dir>/notebooks/.
+`python run.py compare RUN_DIR...` compares the scores of finished runs with those of the first.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 
-from helpers import RecipeError, sha256_file, write_json
+from helpers import RecipeError, compare_runs, report_table, sha256_file, write_json
 
 
 def read_notebook(path: Path) -> tuple[str, dict]:
@@ -108,35 +109,26 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
             seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
             records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts}
             write_json(run_json, records)
-    print("" if args.dry_run else table(output_dir))
-
-
-def table(output_dir: Path) -> str:
-    """What the notebooks reported, a line each; what is missing is left out."""
-    reports = [output_dir / f"{name}.json" for name in ("filter_report", "sft_metrics", "inference_metrics", "run")]
-    rows, loss, tasks, runs = (json.loads(p.read_text(encoding="utf-8")) if p.is_file() else {} for p in reports)
-    lines = [f"rows kept: {rows['rows_kept']} of {rows['rows_in']}"] if rows else []
-    lines += [f"rows dropped, {reason}: {count}" for reason, count in rows.get("reasons", {}).items()]
-    lines += [f"loss, first and last: {loss['first_loss']:.3f} {loss['last_loss']:.3f}"] if loss else []
-    lines += [f"tasks answered: {tasks['answered']} of {tasks['tasks']} in {output_dir}/output.jsonl"] if tasks else []
-    lines += [f"seconds, {name}: {run['seconds']:.0f}" for name, run in runs.items()]
-    return "\n".join("{:<36} {}".format(*line.split(": ", 1)) for line in lines)
+    print("" if args.dry_run else report_table(output_dir))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_files", nargs="+", type=Path, metavar="RUN.yaml", help="data/runs/smoke.yaml")
+    parser.add_argument("--out", default="outputs/compare", help="compare: folder for the table and the picture")
     parser.add_argument("--only", choices=["01", "02", "03", "04"], help="run this notebook alone")
     parser.add_argument("--from", choices=["01", "02", "03", "04"], dest="start", default="01", help="run from it on")
     parser.add_argument("--set", action="append", default=[], help="r=32 or 03_sft.r=32; repeatable")
     parser.add_argument("--force", action="store_true", help="run also what is finished")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     os.chdir(Path(__file__).resolve().parent)
     # The kernel "python3" shall be this interpreter's, also where the user has installed another environment's.
     os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter{os.pathsep}{os.environ.get('JUPYTER_PATH', '')}"
     notebooks = {path.stem: read_notebook(path) for path in sorted(Path("notebooks").glob("0*.ipynb"))}
     try:
+        if args.run_files[0] == Path("compare"):
+            return print(compare_runs(args.run_files[1:], args.out))
         runs = [read_run(path, args.set, notebooks) for path in args.run_files]
         if len({Path(run[f"{min(notebooks)}.output_dir"]).resolve() for run in runs}) < len(runs):
             raise RecipeError("two of the run files have the same output_dir; give each its own")

@@ -50,6 +50,20 @@ def test_adapter_of_another_base_stops_the_run(tmp_path):
         helpers.check_adapter(str(tmp_path), "google/gemma-2-27b")
 
 
+def test_adapter_of_a_base_that_was_moved(tmp_path):
+    """The same files under another name are the same base; other files are not."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": "elsewhere/quantized", "target_modules": ["q_proj"]}
+    for name in ("adapter", "moved", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    helpers.write_json(tmp_path / "adapter/base_provenance.json", {"files": {"model.safetensors": "abc"}})
+    helpers.write_json(tmp_path / "moved/provenance.json", {"files": {"model.safetensors": "abc"}})
+    helpers.write_json(tmp_path / "other/provenance.json", {"files": {"model.safetensors": "def"}})
+    helpers.check_adapter(str(tmp_path / "adapter"), str(tmp_path / "moved"))
+    with pytest.raises(RecipeError, match="trained on elsewhere/quantized"):
+        helpers.check_adapter(str(tmp_path / "adapter"), str(tmp_path / "other"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -17,13 +17,13 @@ TRAIN |= {"max_seq_length": 64, "max_steps": 30, "warmup_steps": 2, "save_steps"
 TRAIN |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "wandb_project": ""}
 ANSWER = {"tasks": "data/sample/tasks.jsonl", "qa_data": "data/sample/qa.jsonl", "retriever": "data/tiny/colbert"}
 ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 40, "batch_size": 2}
+# In bf16 an answer can change with its neighbours, by rounding alone.
+ANSWER |= {"model": "data/tiny/gemma2", "adapter": "none", "compute_dtype": "float32"}
 
 
 def parameters(name, output_dir, smoke, **values):
-    common = {"output_dir": str(output_dir), "model": str(smoke / "quantized")}
-    files = {"train_data": str(smoke / "filtered_magpie.jsonl")} if name == "03_sft" else {}
-    files |= {"adapter": str(smoke / "adapter")} if name == "04_rag_inference" else {}
-    return (TRAIN if name == "03_sft" else ANSWER) | common | files | values
+    trained = {"model": str(smoke / "quantized"), "train_data": str(smoke / "filtered_magpie.jsonl")}
+    return {"output_dir": str(output_dir)} | (TRAIN | trained if name == "03_sft" else ANSWER) | values
 
 
 def start(name, output_dir, smoke):
@@ -68,7 +68,7 @@ def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
     log = killed / "answers.jsonl"
     kill_when(start("04_rag_inference", killed, smoke), lambda: log.exists() and log.read_bytes().count(b"\n") >= 3)
     assert not (killed / "output.jsonl").exists()
-    finished = [line for line in log.read_bytes().split(b"\n")[:-1]]
+    finished = log.read_bytes().split(b"\n")[:-1]
     assert len(finished) < 10
     assert start("04_rag_inference", killed, smoke).wait() == 0
     assert log.read_bytes().split(b"\n")[: len(finished)] == finished
@@ -76,7 +76,7 @@ def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
 
 
 def run_in_processes(count, name, output_dir, smoke, **values):
-    """Run a notebook's code under `accelerate launch` with several processes (gloo)."""
+    """Run a notebook's code in several processes (gloo), as `accelerate launch` does on GPUs."""
     output_dir.mkdir(parents=True)
     prepared = papermill.execute_notebook(
         ROOT / f"notebooks/{name}.ipynb", None, parameters(name, output_dir, smoke, **values), prepare_only=True
@@ -84,8 +84,7 @@ def run_in_processes(count, name, output_dir, smoke, **values):
     script = output_dir / "script.py"
     code = [cell.source for cell in nbformat.from_dict(prepared).cells if cell.cell_type == "code"]
     script.write_text("\n\n".join(code), encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     environment = os.environ | {"MPLBACKEND": "agg"}
     done = subprocess.run(
         [*launch, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -97,7 +96,7 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(smoke, tmp_pat
     values = {"neftune_noise_alpha": 0, "max_steps": 6}
     run_in_processes(1, "03_sft", tmp_path / "one", smoke, gradient_accumulation_steps=4, **values)
     run_in_processes(2, "03_sft", tmp_path / "two", smoke, gradient_accumulation_steps=2, **values)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_two_processes_answer_like_one(smoke, tmp_path):

@@ -1,0 +1,177 @@
+"""Comparing runs: paired intervals, the verdict, and the runs that are refused."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import helpers
+from helpers import RecipeError
+
+
+def finished_run(folder, chrf, tasks=None, copies=(), **settings):
+    """A run folder as notebook 04 and run.py leave it, with `chrf` of every task and a judge that missed task 0."""
+    folder.mkdir(parents=True)
+    tasks = tasks or [{"task_id": i, "input": f"課題{i}", "output": "答え"} for i in range(len(chrf))]
+    rows = [{"task_id": task["task_id"], "input": task["input"], "output": str(folder)} for task in tasks]
+    helpers.write_jsonl(folder / "output.jsonl", rows)
+    scored = [
+        {"task_id": task["task_id"], "chrf": float(value), "judge": 3 if i else None, "japanese": None}
+        for i, (task, value) in enumerate(zip(tasks, chrf, strict=True))
+    ]
+    scores = {
+        "near_duplicates": [{"task_id": task_id} for task_id in copies],
+        "output_sha256": helpers.sha256_file(folder / "output.jsonl"),
+        "tasks_sha256": helpers.digest_tasks(tasks),
+        "per_task": scored,
+    }
+    helpers.write_json(folder / "scores.json", scores)
+    parts = {"code": "a" * 64, "helpers.py": "b" * 64, "notebook before": "", "output_dir": str(folder), **settings}
+    helpers.write_json(folder / "run.json", {"04_rag_inference": {"parts": parts}})
+    return folder
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(0).normal(30, 10, 40)
+
+
+def compare(tmp_path, *folders):
+    return helpers.compare_runs(folders, tmp_path / "out")
+
+
+def table(tmp_path):
+    with open(tmp_path / "out/comparison.csv", encoding="utf-8") as file:
+        return {(row["run"], row["measure"], row["subset"]): row for row in csv.DictReader(file)}
+
+
+def test_a_small_steady_gain_is_told_from_noise_by_pairing(tmp_path, noise):
+    """Tasks differ by 10 and runs by 1: the intervals of the means overlap, that of the difference does not hold 0."""
+    a = finished_run(tmp_path / "a", noise, k=0)
+    b = finished_run(tmp_path / "b", noise + np.random.default_rng(1).normal(1, 1, 40), k=3)
+    text = compare(tmp_path, a, b)
+    first, second = (table(tmp_path)[str(run), "chrf", "all"] for run in (a, b))
+    assert float(first["high"]) > float(second["low"])
+    assert float(second["difference_low"]) > 0
+    assert second["verdict"] == "better"
+    assert "| 04_rag_inference.k | 0 | 3 |" in text
+    assert f"{b} against {a}: chrf is better by more than noise explains" in text
+    assert text == (tmp_path / "out/comparison.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_difference_within_the_noise_is_called_so(tmp_path, noise):
+    runs = [finished_run(tmp_path / "a", noise), finished_run(tmp_path / "b", noise[::-1])]
+    text = compare(tmp_path, *runs)
+    assert "nothing differs by more than noise explains; judge, chrf: cannot be told from noise." in text
+    assert "No setting differs." in text
+
+
+def test_grades_are_paired_where_both_runs_have_one(tmp_path, noise):
+    compare(tmp_path, finished_run(tmp_path / "a", noise), finished_run(tmp_path / "b", noise))
+    row = table(tmp_path)[str(tmp_path / "b"), "judge", "all"]
+    assert (row["tasks"], row["difference_tasks"]) == ("39", "39")
+
+
+def test_everything_is_given_without_the_tasks_that_a_run_has_seen(tmp_path, noise):
+    better = noise + 50 * (np.arange(40) < 3)
+    runs = [finished_run(tmp_path / "a", noise), finished_run(tmp_path / "b", better, copies=[0, 1, 2])]
+    compare(tmp_path, *runs)
+    rows = table(tmp_path)
+    assert float(rows[str(runs[1]), "chrf", "all"]["difference_mean"]) == pytest.approx(50 * 3 / 40)
+    clean = rows[str(runs[1]), "chrf", "without near-duplicates"]
+    assert (clean["tasks"], float(clean["difference_mean"])) == ("37", 0)
+
+
+def test_noise_is_rarely_called_a_difference_even_with_few_tasks():
+    """20 tasks, most of them answered alike: a bootstrap interval alone is wrong in more than one of ten here."""
+    random = np.random.default_rng(3)
+    samples = np.where(random.random((150, 20)) < 0.65, 0, random.normal(size=(150, 20)))
+    alarms = sum(helpers.verdict(sample.tolist(), 1) != "cannot be told from noise" for sample in samples)
+    assert alarms <= 150 * 0.08
+
+
+@pytest.mark.parametrize(
+    ("differences", "direction", "expected"),
+    [
+        ([1.0] * 6, 1, "better"),
+        ([1.0] * 6, -1, "worse"),
+        ([-1.0] * 6, 0, "lower"),
+        ([1.0] * 5, 1, "too few tasks to tell"),
+        ([], 1, "too few tasks to tell"),
+        ([0.0] * 20, 1, "cannot be told from noise"),
+        ([1.0, -1.0] * 10, 1, "cannot be told from noise"),
+    ],
+)
+def test_verdict(differences, direction, expected):
+    assert helpers.verdict(differences, direction) == expected
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40))
+def test_interval_holds_the_mean_and_lies_within_the_values(values):
+    found = helpers.mean_interval(values)
+    margin = 1e-9 * max(map(abs, values))
+    assert min(values) - margin <= found["low"] <= found["mean"] + margin
+    assert found["mean"] - margin <= found["high"] <= max(values) + margin
+
+
+def test_interval_is_as_wide_as_the_standard_error_says():
+    values = np.random.default_rng(2).normal(size=400).tolist()
+    found = helpers.mean_interval(values)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert found == helpers.mean_interval(values)
+
+
+def test_runs_over_different_tasks_are_refused_with_the_reason(tmp_path, noise):
+    tasks = [{"task_id": i, "input": f"課題{i}", "output": "答え"} for i in range(40)]
+    a = finished_run(tmp_path / "a", noise, tasks)
+    fewer = finished_run(tmp_path / "fewer", noise[:39], tasks[:39])
+    with pytest.raises(RecipeError, match=r"different tasks: task_id \[39\] \(1\) are in one of them only"):
+        compare(tmp_path, a, fewer)
+    other = finished_run(tmp_path / "other", noise, [*tasks[:3], {**tasks[3], "input": "別の課題"}, *tasks[4:]])
+    with pytest.raises(RecipeError, match=r"task_id \[3\] \(1\) have another question"):
+        compare(tmp_path, a, other)
+    reference = finished_run(tmp_path / "reference", noise, [{**tasks[0], "output": "別の答え"}, *tasks[1:]])
+    with pytest.raises(RecipeError, match="the references or the order of the tasks differ"):
+        compare(tmp_path, a, reference)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "scores.json").unlink(), "there is no scores.json"),
+        (lambda run: (run / "output.jsonl").unlink(), "there is no output.jsonl"),
+        (lambda run: (run / "run.json").write_text('{"03_sft": {"parts": {}}}'), "notebook 04 was interrupted"),
+        (lambda run: (run / "output.jsonl").write_text('{"task_id": 0}\n'), "is that of another output.jsonl"),
+    ],
+)
+def test_unfinished_runs_are_refused(tmp_path, noise, spoil, message):
+    runs = [finished_run(tmp_path / name, noise) for name in "ab"]
+    spoil(runs[1])
+    with pytest.raises(RecipeError, match=f"{runs[1]}.*{message}.*run notebook 04"):
+        compare(tmp_path, *runs)
+
+
+def test_a_run_without_run_json_is_compared_with_unknown_settings(tmp_path, noise):
+    runs = [finished_run(tmp_path / "a", noise, k=0), finished_run(tmp_path / "b", noise)]
+    (runs[1] / "run.json").unlink()
+    assert "| 04_rag_inference.k | 0 | - |" in compare(tmp_path, *runs)
+
+
+def test_command_line(tmp_path, smoke, noise):
+    """Two finished runs are compared; one alone is refused in one line."""
+    runs = [str(finished_run(tmp_path / name, noise)) for name in "ab"]
+    command = [sys.executable, "run.py", "compare", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, *runs], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "cannot be told from noise" in done.stdout
+    refused = subprocess.run([*command, runs[0]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    different = subprocess.run([*command, runs[0], str(smoke)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "answered different tasks" in different.stderr
+    assert json.loads((smoke / "scores.json").read_text(encoding="utf-8"))["per_task"]
