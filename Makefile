@@ -60,5 +60,5 @@ models/gemma-3-270m/tokenizer.json: | setup
 # Once, before the first push: the badges and the set-up cell name the repository's owner.
 publish:
 	@test -n "$(OWNER)" || { echo "usage: make publish OWNER=name"; exit 1; }
-	sed -i.bak 's|<owner>|$(OWNER)|g' notebooks/*.ipynb README*.md
-	rm notebooks/*.bak README*.bak
+	sed -i.bak 's|<owner>|$(OWNER)|g' notebooks/*.ipynb *.md
+	rm notebooks/*.bak *.bak
