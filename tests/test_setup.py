@@ -114,7 +114,7 @@ def test_an_environment_without_the_pins_gets_them_and_keeps_its_torch(tmp_path)
 def repository(tmp_path):
     """A git repository of the working tree with the tag that the set-up cell asks for; returns its address."""
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "outputs", "models", "__pycache__"))
     git = ["git", "-C", source, "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"], ["tag", "v0.1.0"]):
         subprocess.run([*git, *command], check=True)
