@@ -17,6 +17,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,7 +30,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
@@ -177,18 +178,31 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def get_secret(name: str) -> str:
-    """A secret by name: from the environment, else from Colab's secrets (the key symbol at the left), else ""."""
+def get_secret(name: str, seconds: float = 60) -> str:
+    """A secret by name: from the environment, else from Colab's secrets (the key symbol at the left), else "".
+
+    Colab asks the open browser tab and waits for ever if there is none, so it gets at most `seconds`.
+    """
     if os.environ.get(name):
         return os.environ[name]
     try:
         from google.colab import userdata
     except ImportError:
         return ""
+    import signal
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again every second: Colab's loop swallows some exceptions
     try:
         return userdata.get(name)
-    except (userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException):
+    except Exception:  # not there, not allowed, no tab: the versions of Colab name these errors differently
         return ""
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def hub_token(hub_repo: str) -> str:
@@ -200,6 +214,59 @@ def hub_token(hub_repo: str) -> str:
             "HF_TOKEN under the key symbol and allow this notebook to read it"
         )
     return token
+
+
+# Licences of data that ask for nothing but a notice. Share-alike, non-commercial and unknown ones are not among them.
+ALLOWED_LICENCES = (
+    "afl-3.0",
+    "apache-2.0",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "cc-by-3.0",
+    "cc-by-4.0",
+    "cc0-1.0",
+    "cdla-permissive-2.0",
+    "mit",
+    "odc-by",
+    "pddl",
+    "unlicense",
+)
+
+
+def check_licence(name: str, licences: Sequence[str], also_allowed: str = "") -> str:
+    """The licences of the data set `name` as one text; RecipeError if one is neither in ALLOWED_LICENCES nor in
+    `also_allowed` (identifiers with commas between; "unknown" stands for a card that names none)."""
+    found = [licence.lower() for licence in licences] or ["unknown"]
+    allowed = {*ALLOWED_LICENCES, *(part.strip().lower() for part in also_allowed.split(","))}
+    if wrong := [licence for licence in found if licence not in allowed]:
+        raise RecipeError(
+            f"{name}: the licence {', '.join(wrong)} is not on the allowed list (what is trained on share-alike data "
+            f"may inherit its licence); choose other data, or read it and set allow_licences = {', '.join(wrong)!r}"
+        )
+    return ", ".join(found)
+
+
+def data_source(name: str, revision: str = "", also_allowed: str = "") -> dict[str, str]:
+    """Where data comes from, for the reports: {"data", "commit", "licence"}; the licence is that of the hub's card.
+
+    A local file counts as your own. Raises RecipeError for a licence that is not allowed (see `check_licence`) and for
+    a hub data set whose card cannot be read.
+    """
+    if Path(name).exists() or name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        return {"data": name, "commit": "", "licence": "your own (local file)"}
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RecipeError(
+            f"{name}: its licence cannot be read from the hub ({reason[:120]}); check the name, the network and, for a "
+            "private one, the secret HF_TOKEN; or name a local file"
+        ) from None
+    licence = (info.card_data or {}).get("license") or []
+    licences = [licence] if isinstance(licence, str) else licence
+    return {"data": name, "commit": info.sha or "", "licence": check_licence(name, licences, also_allowed)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -227,16 +294,36 @@ def hash_folder(folder: str | Path, skip: Iterable[str] = ()) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in files if path.name not in skip}
 
 
-def model_card(title: str, base_model: str, tags: Iterable[str], facts: Mapping[str, Any]) -> str:
+def model_card(
+    title: str, base_model: str, tags: Iterable[str], facts: Mapping[str, Any], datasets: Sequence[str] = ()
+) -> str:
     """Text of a hub model card (README.md): front matter, a table of `facts`, the notice that Gemma's terms ask for."""
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(base_model=base_model, language="ja", license="gemma", tags=list(tags))
-    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    data = ModelCardData(
+        base_model=base_model, language="ja", license="gemma", tags=list(tags), datasets=list(datasets) or None
+    )
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{rows}\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_fact_table(facts)}\n"
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.\n"
     )
+
+
+def dataset_card(title: str, source: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    """Text of a hub dataset card: front matter with the licence of its source (see `data_source`), table of `facts`."""
+    from huggingface_hub import DatasetCardData
+
+    from_hub = bool(source["commit"])
+    data = DatasetCardData(
+        language="ja",
+        license=source["licence"].split(", ") if from_hub and source["licence"] != "unknown" else None,
+        source_datasets=[source["data"]] if from_hub else None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_fact_table(facts)}"
+
+
+def _fact_table(facts: Mapping[str, Any]) -> str:
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in facts.items())
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
@@ -260,6 +347,63 @@ def check_gpu(config: Mapping[str, Any], gpu: bool, limit: float = 1.5e9) -> Non
             f"no GPU here, and the model has {weights / 1e9:.1f} billion weights: in Colab choose Runtime > Change "
             "runtime type > A100, or try the series on a CPU with `make smoke`"
         )
+
+
+def estimate_memory(
+    config: Mapping[str, Any],
+    *,
+    r: int = 0,
+    batch_size: int = 0,
+    length: int = 0,
+    eager: bool = False,
+    slots: int = 0,
+    columns: int = 0,
+) -> dict[str, float]:
+    """GiB of GPU memory that a run will need at its peak, part by part, from the values of the model's config.json.
+
+    Weights: 4 bit if `quantization_config` is there, else 16. A LoRA adapter of rank `r` on all linear layers.
+    Training: rows of `batch_size` texts of `length` tokens each, gradient checkpointing, loss in chunks, float32
+    adapter with 8-bit Adam; `eager` attention holds the scores of a whole row. Answering: `slots` answers of `columns`
+    tokens.
+    Measured peaks (benchmarks/RESULTS.md) are met within 7 %; with unsloth, which keeps less, it is an upper bound.
+    """
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    weights = parameter_count(config)
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings", True) else 2)
+    bytes_a_weight = 4.127 / 8 if config.get("quantization_config") else 2  # NF4, double quantization
+    # In and out of q and o, k and v, and the three matrices of the MLP.
+    sides = 2 * (hidden + heads * head_dim) + 2 * (hidden + kv_heads * head_dim) + 3 * (hidden + inner)
+    adapter = r * layers * sides
+    tokens = batch_size * length
+    gib = {
+        "weights": (weights - embeddings) * bytes_a_weight + 2 * embeddings,
+        # Weights and gradients in float32 and two moments of a byte each; 16 bit and nothing else for answering.
+        "adapter": adapter * (10 if tokens else 2),
+        # One hidden state a layer is kept; of one layer at a time five tensors of the MLP are alive.
+        "activations": tokens * (2 * layers * hidden + 5 * 2 * inner) + eager * batch_size * heads * length**2 * 10,
+        "keys and values": 4 * layers * kv_heads * head_dim * slots * columns,
+        # Expanded matrices, a chunk of the loss, a prompt's forward pass, CUDA itself: at the size of 27B.
+        "working memory": 3 * 2**30,
+    }
+    return {part: round(size / 2**30, 2) for part, size in gib.items()}
+
+
+def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], compute_dtype: str, remedy: str) -> list[str]:
+    """Lines that say whether a run that needs `need` GiB (see `estimate_memory`) fits the GPU (see `find_gpu`)."""
+    total = sum(need.values())
+    parts = ", ".join(f"{part} {size:.1f}" for part, size in need.items() if size >= 0.05)
+    lines = [f"this run needs about {total:.1f} GiB of GPU memory" + (f": {parts}" if parts else "")]
+    if gpu is None:
+        return [*lines, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
+    bf16 = gpu["compute_capability"] >= 8
+    lines.insert(0, f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {'yes' if bf16 else 'no'}")
+    if compute_dtype == "bfloat16" and not bf16:
+        lines.append('this GPU has no bfloat16: set compute_dtype = "float16"')
+    fits = total <= 0.95 * gpu["free_gib"]
+    return [*lines, "it fits" if fits else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"]
 
 
 def check_quantized_folder(folder: str | Path, base_model: str, base_commit: str) -> None:
@@ -869,6 +1013,14 @@ def training_pairs(filtered: Iterable[Mapping[str, Any]], qa: Iterable[Mapping[s
     pairs = [{"instruction": row["instruction"], "response": row["response"]} for row in filtered]
     pairs += [{"instruction": row["input"], "response": row["output"]} for row in qa]
     return pairs
+
+
+def training_sources(train_file: str, qa_data: str, also_allowed: str = "") -> list[dict[str, str]]:
+    """Where the training data comes from (see `data_source`): of a file of notebook 2, what its report says."""
+    report = Path(train_file).with_name("filter_report.json")
+    filtered = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    first = filtered.get("source") or data_source(train_file, also_allowed=also_allowed)
+    return [first, data_source(qa_data, also_allowed=also_allowed)]
 
 
 def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
@@ -1603,6 +1755,83 @@ def plot_comparison(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
 ENGINES = ("unsloth", "transformers")
 
 
+def quiet_libraries() -> None:
+    """Turn off known notes of libraries that tell a reader nothing and fill the notebook; errors are not touched."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: a text bar instead of a widget
+    warnings.filterwarnings(
+        "ignore", message=r"\s*\*+\s*RAGatouille WARNING"
+    )  # on a future version; this one is pinned
+    # colbert-ai asks for mixed precision by an old name, and PyTorch says that there is none on a CPU.
+    warnings.filterwarnings("ignore", module=r"colbert\.utils\.amp|torch\.cuda\.amp")
+    # bitsandbytes offers another package for the CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def place_outputs(output_dir: str, drive_dir: str) -> str:
+    """The folder to write to: `output_dir`, on Colab below `drive_dir` in the reader's Google Drive, which is mounted.
+
+    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing.
+    """
+    try:
+        from google.colab import drive
+    except ImportError:
+        return output_dir
+    if not drive_dir:
+        print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
+        return output_dir
+    drive.mount("/content/drive")
+    return str(Path("/content/drive/MyDrive", drive_dir, output_dir))
+
+
+def find_gpu() -> dict[str, Any] | None:
+    """Name, free memory in GiB and compute capability of the first NVIDIA GPU, None if there is none.
+
+    Asks nvidia-smi: torch would take hold of the GPU before unsloth has set how.
+    """
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=name,memory.free,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    name, free, capability = answer.splitlines()[0].rsplit(", ", 2)
+    return {"name": name, "free_gib": int(free) / 1024, "compute_capability": float(capability)}
+
+
+def read_config(name: str, revision: str = "", file: str = "config.json") -> dict[str, Any]:
+    """A JSON file of a model folder or hub repository, without loading the model; RecipeError if there is no model."""
+    find_model(name, revision)
+    if Path(name).is_dir():
+        path = Path(name, file)
+    else:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(name, file, revision=revision or None))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lineage(name: str) -> dict[str, Any]:
+    """What a model or adapter was made from: the lineage.json that notebook 03 writes, else its base and commit."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return read_config(name, file="lineage.json")
+    except (FileNotFoundError, EntryNotFoundError):
+        made = model_provenance(name) or {"base_model": name, "base_commit": find_model(name)}
+        return {"model": name, "base_model": made["base_model"], "base_commit": made["base_commit"]}
+
+
+def report_machine(packages: Iterable[str], need: Mapping[str, float], compute_dtype: str, remedy: str) -> None:
+    """Print versions, GPU, and whether the run fits; `remedy` is what to change if not."""
+    versions = {"python": sys.version.split()[0], **package_versions(packages)}
+    print(", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    print("\n".join(fit_report(find_gpu(), need, compute_dtype, remedy)))
+
+
 def find_model(name: str, revision: str = "") -> str:
     """Check that `name` is a model folder or a reachable hub repository, before anything large is loaded.
 
@@ -2048,6 +2277,16 @@ def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
     api.upload_folder(repo_id=hub_repo, folder_path=folder)
 
 
+def push_dataset(files: Mapping[str, str | Path], hub_repo: str, token: str) -> None:
+    """Upload files (name in the repository: local path) to a private hub dataset repository in one commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(hub_repo, repo_type="dataset", private=True, exist_ok=True)
+    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    api.create_commit(hub_repo, operations, commit_message="Filtered rows and card", repo_type="dataset")
+
+
 def model_provenance(name: str) -> dict[str, Any]:
     """What notebook 01 recorded of a quantized model (its provenance.json), {} for any other model."""
     if Path(name).is_dir():
@@ -2125,8 +2364,10 @@ def mend_ragatouille() -> None:
 def load_retriever(name: str, documents: list[str]) -> Any:
     """Load a ColBERT checkpoint with RAGatouille and encode `documents` in memory; returns a RAGPretrainedModel."""
     find_model(name)
-    mend_ragatouille()
-    from ragatouille import RAGPretrainedModel
+    # colbert-ai prints that it misses faiss, which only an index on disk needs.
+    with redirect_stdout(io.StringIO()):
+        mend_ragatouille()
+        from ragatouille import RAGPretrainedModel
 
     retriever = RAGPretrainedModel.from_pretrained(name, index_root=tempfile.gettempdir(), verbose=0)
     # colbert-ai falls back to bert-base-uncased when it cannot read a checkpoint.

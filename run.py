@@ -64,7 +64,8 @@ def execute(source: Path, executed: Path, parameters: dict) -> float:
     """Run one notebook (log level 50: no start messages), return its seconds; RecipeError names cell and error."""
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        done = papermill.execute_notebook(source, executed, parameters, extra_arguments=["--log-level=50"])
+        options = {"extra_arguments": ["--log-level=50"], "coalesce_streams": True}  # a progress bar stays one line
+        done = papermill.execute_notebook(source, executed, parameters, **options)
         return done.metadata.papermill.duration
     except (papermill.PapermillExecutionError, DeadKernelError) as error:
         # papermill notes "exception", true or false, on every cell that it has started: the last of them failed.

@@ -1,0 +1,90 @@
+"""Install what a machine lacks of requirements.txt and requirements-nodeps.txt: the second half of the set-up cell.
+
+Called where a notebook had to fetch the repository, as on Colab. An installed torch is never replaced: it fits the
+machine's driver, and another build is a download of gigabytes.
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from importlib.metadata import distributions, packages_distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCHAO = "0.16"  # peft does not even import beside an older one; Colab brings 0.10, and nothing here uses it
+stale: set[str] = set()  # changed while imported; kept until the session is restarted
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of every installed distribution, by normalized name."""
+    return {canonicalize_name(found.name): found.version for found in distributions() if found.name}
+
+
+def read_requirements(path: Path) -> list[Requirement]:
+    """The requirements of a plain requirements file: a line each, comments left out."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def unmet(requirements: Iterable[Requirement], installed: Mapping[str, str]) -> list[str]:
+    """Those that are missing or installed in a version that does not fit, as text; an installed torch always fits."""
+    versions = [(wanted, installed.get(canonicalize_name(wanted.name))) for wanted in requirements]
+    return [
+        str(wanted)
+        for wanted, version in versions
+        if version is None or (wanted.name != "torch" and not wanted.specifier.contains(version, prereleases=True))
+    ]
+
+
+def to_remove(installed: Mapping[str, str]) -> list[str]:
+    """["torchao"] if one is installed that peft refuses."""
+    too_old = "torchao" in installed and Version(installed["torchao"]) < Version(OLDEST_TORCHAO)
+    return ["torchao"] if too_old else []
+
+
+def changed_modules(before: Mapping[str, str], after: Mapping[str, str], owners: Mapping[str, list[str]]) -> set[str]:
+    """Imported modules whose distribution was replaced or removed; `owners` maps module to distributions."""
+    changed = {name for name, version in before.items() if after.get(name) != version}
+    return {m for m, names in owners.items() if m in sys.modules and changed & set(map(canonicalize_name, names))}
+
+
+def pip(*arguments: str) -> None:
+    """Run pip quietly; SystemExit with its last words if it fails."""
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = re.sub(r"\s*\n\s*", " | ", done.stderr.strip()[-600:])
+        raise SystemExit(f"set-up: `pip {' '.join(arguments)}` failed: {words}")
+
+
+def install() -> None:
+    """Bring the packages to the pinned versions; SystemExit asks for a restart if an imported one was changed."""
+    files = [ROOT / "requirements.txt", ROOT / "requirements-nodeps.txt"]
+    before = installed_versions()
+    missing, missing_nodeps = (unmet(read_requirements(file), before) for file in files)
+    surplus = to_remove(before)
+    if missing or missing_nodeps or surplus:
+        owners = packages_distributions()
+        print(f"set-up: installing {', '.join(missing + missing_nodeps) or 'nothing'}; takes a few minutes", flush=True)
+        if missing:
+            with tempfile.TemporaryDirectory() as folder:
+                keep = Path(folder, "keep.txt")
+                keep.write_text(f"torch=={before['torch']}\n" if "torch" in before else "", encoding="utf-8")
+                pip("install", "-r", str(files[0]), "-c", str(keep))
+        if missing_nodeps:
+            pip("install", "--no-deps", *missing_nodeps)
+        if surplus:
+            pip("uninstall", "-y", *surplus)
+        importlib.invalidate_caches()
+        stale.update(changed_modules(before, installed_versions(), owners))
+    if stale:
+        raise SystemExit(
+            f"set-up: {', '.join(sorted(stale))} changed while in use: Runtime > Restart session, then Run all again"
+        )
+    print("set-up: everything is installed")
