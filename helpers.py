@@ -1544,6 +1544,56 @@ def report_table(output_dir: Path) -> str:
     return "\n".join("{:<36} {}".format(*line.split(": ", 1)) for line in lines)
 
 
+def run_settings(records: Mapping[str, Any]) -> dict[str, Any]:
+    """NOTEBOOK.PARAMETER: value from the records of a run.json, with the first digits of the hashes of the code."""
+    settings = {}
+    for name, record in records.items():
+        for key, value in record["parts"].items():
+            if key in ("code", "helpers.py") or key.isidentifier():
+                settings[f"{name}.{key}"] = value[:8] if key in ("code", "helpers.py") else value
+        settings.pop(f"{name}.output_dir", None)
+    return settings
+
+
+def sweep_table(folders: Sequence[str | Path]) -> str:
+    """A Markdown table of several runs: the parameters in which they differ, and what the notebooks reported."""
+    wanted = {
+        "sft_metrics.json": ("first_loss", "last_loss", "tokens_per_second", "peak_gpu_gib"),
+        "inference_metrics.json": ("answered", "tokens_per_second"),
+    }
+    rows = []
+    for folder in map(Path, folders):
+        reports = {}
+        for name in ("run.json", *wanted):
+            path = folder / name
+            reports[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        measured = [reports[name].get(key) or "-" for name, keys in wanted.items() for key in keys]
+        rows.append((folder.name, run_settings(reports["run.json"]), measured))
+    keys = dict.fromkeys(key for _, settings, _ in rows for key in settings)
+    differing = [key for key in keys if len({repr(settings.get(key)) for _, settings, _ in rows}) > 1]
+    header = [
+        "run",
+        *differing,
+        "first loss",
+        "last loss",
+        "training tokens/s",
+        "GPU GiB",
+        "answered",
+        "answer tokens/s",
+    ]
+    return _markdown_table(
+        header,
+        [
+            [
+                name,
+                *(settings.get(key, "-") for key in differing),
+                *(f"{value:.4g}" if isinstance(value, float) else value for value in measured),
+            ]
+            for name, settings, measured in rows
+        ],
+    )
+
+
 def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
     """SHA-256 of the tasks' ids, questions and references: runs are comparable only where it is the same."""
     known = [[task["task_id"], task["input"], reference_of(task)] for task in tasks]
@@ -1566,14 +1616,8 @@ def read_scored_run(folder: str | Path) -> dict[str, Any]:
     scores = json.loads(paths["scores.json"].read_text(encoding="utf-8"))
     if scores["output_sha256"] != sha256_file(paths["output.jsonl"]):
         raise RecipeError(f"{folder}: scores.json is that of another output.jsonl; run notebook 04 again to its end")
-    settings = {}
-    for name, record in records.items():
-        for key, value in record["parts"].items():
-            if key in ("code", "helpers.py") or key.isidentifier():
-                settings[f"{name}.{key}"] = value[:8] if key in ("code", "helpers.py") else value
-        settings.pop(f"{name}.output_dir", None)
     tasks = {row["task_id"]: row["input"] for row in read_jsonl(paths["output.jsonl"], ("task_id", "input"))}
-    return {"name": str(folder), "settings": settings, "tasks": tasks, **scores}
+    return {"name": str(folder), "settings": run_settings(records), "tasks": tasks, **scores}
 
 
 def check_same_tasks(runs: Sequence[Mapping[str, Any]]) -> None:

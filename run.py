@@ -21,7 +21,7 @@ import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 
-from helpers import RecipeError, compare_runs, report_table, sha256_file, write_json
+from helpers import RecipeError, compare_runs, report_table, sha256_file, sweep_table, write_json
 
 
 def read_notebook(path: Path) -> tuple[str, dict]:
@@ -134,6 +134,8 @@ def main() -> None:
             raise RecipeError("two of the run files have the same output_dir; give each its own")
         for run in runs:
             run_series(run, notebooks, args)
+        if len(runs) > 1 and not args.dry_run:
+            print(sweep_table([run[f"{min(notebooks)}.output_dir"] for run in runs]))
     except (RecipeError, KeyboardInterrupt) as error:
         sys.exit(f"run.py: {str(error) or 'interrupted; the same command goes on with the unfinished notebook'}")
 
