@@ -24,7 +24,8 @@ smoke: setup
 	$(BIN)/python run.py data/runs/smoke.yaml
 
 test: setup
-	$(BIN)/python -m pytest --nbmake notebooks/*.ipynb tests
+	$(BIN)/python -m pytest --nbmake notebooks/*.ipynb
+	$(BIN)/python -m pytest -n 2 tests
 
 lint: setup
 	$(BIN)/ruff check .

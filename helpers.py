@@ -1215,6 +1215,7 @@ MEASURES = {
 }
 _JAPANESE = re.compile("[\u3005\u3007\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f]")
 _LOOP = re.compile(r"(.{1,100}?)\1{3,}", re.DOTALL)
+NOTEBOOKS = ("01_quantize", "02_filter_magpie", "03_sft", "04_rag_inference")
 UNTOLD = ("cannot be told from noise", "too few tasks to tell")  # verdicts on a difference, besides better and worse
 NEAR_DUPLICATE = 0.5  # Jaccard similarity of two questions from which on one counts as a copy of the other
 
@@ -1680,8 +1681,12 @@ def comparison_markdown(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mappin
     """The comparison as Markdown: what `compare_scores` returned, one table of settings, one of scores, sentences."""
     names = [run["name"] for run in runs]
     keys = sorted({key for run in runs for key in run["settings"]})
-    differing = [key for key in keys if len({repr(run["settings"].get(key)) for run in runs}) > 1]
-    lines = [[key, *(run["settings"].get(key, "-") for run in runs)] for key in differing]
+    ran = {name: [any(key.startswith(name) for key in run["settings"]) for run in runs] for name in NOTEBOOKS}
+    lines = [[name, *("run" if here else "-" for here in ran[name])] for name in NOTEBOOKS if len(set(ran[name])) > 1]
+    for key in keys:
+        values = [run["settings"].get(key, "-") for run in runs]
+        if all(ran[key.partition(".")[0]]) and len(set(map(repr, values))) > 1:
+            lines.append([key, *values])
     text = f"# Comparison of {len(runs)} runs over {len(runs[0]['tasks'])} tasks\n\n"
     text += "Settings that differ:\n\n" + _markdown_table(["", *names], lines) if lines else "No setting differs.\n"
     text += "\nMean and 95 % bootstrap interval; the difference is paired, task by task, against the first run.\n"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,5 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def smoke() -> Path:
     """The folder of a finished smoke run; run.py does nothing if it is already there."""
-    subprocess.run([sys.executable, "run.py", "data/runs/smoke.yaml"], cwd=ROOT, check=True)
+    with FileLock(ROOT / "outputs.lock"):  # the tests run in several processes
+        subprocess.run([sys.executable, "run.py", "data/runs/smoke.yaml"], cwd=ROOT, check=True)
     return ROOT / "outputs" / "smoke"

@@ -55,3 +55,12 @@ def test_package_versions():
     assert versions["no-such-package"] == ""
     assert json.dumps(versions)
     assert versions["transformers"].count(".") >= 1
+
+
+def test_model_card_names_base_licence_and_facts():
+    card = helpers.model_card("A title", "google/gemma-2-27b", ["4-bit"], {"quantization": "nf4"})
+    assert card.startswith("---\n")
+    assert "base_model: google/gemma-2-27b" in card
+    assert "license: gemma" in card
+    assert "| quantization | nf4 |" in card
+    assert "Gemma Terms of Use" in card

@@ -80,3 +80,21 @@ def test_finished_training_starts_anew(tmp_path):
     assert helpers.checkpoint_to_resume(folder, {"r": 16}, finished) is None
     assert not finished.exists()
     assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("response", ["富士山です。", "### 回答:\nを含む答え", "🎂"])
+def test_answer_labels_cover_the_answer_and_nothing_else(response):
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
+    text = helpers.sft_text("日本で一番高い山は？", response, tokenizer.eos_token)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    prompt_length = len(helpers.sft_text("日本で一番高い山は？", "", ""))
+    labels = helpers.answer_labels(encoded["input_ids"], starts, prompt_length)
+    assert len(labels) == len(encoded["input_ids"])
+    assert tokenizer.decode([label for label in labels if label != -100]) == response + tokenizer.eos_token
+    assert helpers.answer_labels(encoded["input_ids"], starts, 0) == encoded["input_ids"]
+
+
+def test_out_of_memory_keeps_the_effective_batch():
+    assert "per_device_train_batch_size=8 and gradient_accumulation_steps=4" in str(helpers.out_of_memory(16, 2))
+    assert "lower max_seq_length" in str(helpers.out_of_memory(1, 32))
