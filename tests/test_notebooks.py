@@ -133,8 +133,13 @@ def test_other_values_reach_training_and_inference(smoke, tmp_path, engine):
         ),
         ("01_quantize", {"hub_repo": "me/model"}, "set the environment variable HF_TOKEN"),
         ("03_sft", {"engine": "vllm", "model": "data/tiny/gemma2"}, "engine 'vllm' is unknown"),
-        ("03_sft", {"train_data": "none.jsonl"}, "none.jsonl: no such file"),
-        ("04_rag_inference", {"tasks": "none.jsonl"}, "none.jsonl: no such file"),
+        ("03_sft", {"model": "nowhere/at/all"}, "nowhere/at/all: no such folder"),
+        ("03_sft", {"train_data": "none.jsonl", "model": "data/tiny/gemma2"}, "none.jsonl: no such file"),
+        (
+            "04_rag_inference",
+            {"tasks": "none.jsonl", "model": "data/tiny/gemma2", "adapter": "none"},
+            "none.jsonl: no such file",
+        ),
         (
             "04_rag_inference",
             {"adapter": "nowhere/at/all", "model": "data/tiny/gemma2"},
