@@ -23,8 +23,8 @@ stale: set[str] = set()  # changed while imported; kept until the session is res
 
 
 def installed_versions() -> dict[str, str]:
-    """Version of every installed distribution, by normalized name."""
-    return {canonicalize_name(found.name): found.version for found in distributions() if found.name}
+    """Version of every installed distribution, by normalized name; of several the first on the path, as for imports."""
+    return {canonicalize_name(found.name): found.version for found in reversed([*distributions()]) if found.name}
 
 
 def read_requirements(path: Path) -> list[Requirement]:
