@@ -67,6 +67,7 @@ def test_restart_is_asked_for_only_if_an_imported_package_changed():
     assert colab_setup.changed_modules(before, {"some-package": "2", "pytest": "9"}, owners) == {"json"}
     assert colab_setup.changed_modules(before, {"pytest": "9"}, owners) == {"json"}
     assert colab_setup.changed_modules(before, before | {"new": "1"}, owners) == set()
+    assert colab_setup.changed_modules({"setuptools": "65"}, {"setuptools": "84"}, {"json": ["setuptools"]}) == set()
 
 
 def make_wheel(folder: Path, name: str, version: str) -> Path:
