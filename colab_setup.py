@@ -23,8 +23,8 @@ stale: set[str] = set()  # changed while imported; kept until the session is res
 
 
 def installed_versions() -> dict[str, str]:
-    """Version of every installed distribution, by normalized name."""
-    return {canonicalize_name(found.name): found.version for found in distributions() if found.name}
+    """Version of every installed distribution, by normalized name; of several the first on the path, as for imports."""
+    return {canonicalize_name(found.name): found.version for found in reversed([*distributions()]) if found.name}
 
 
 def read_requirements(path: Path) -> list[Requirement]:
@@ -51,7 +51,8 @@ def to_remove(installed: Mapping[str, str]) -> list[str]:
 
 def changed_modules(before: Mapping[str, str], after: Mapping[str, str], owners: Mapping[str, list[str]]) -> set[str]:
     """Imported modules whose distribution was replaced or removed; `owners` maps module to distributions."""
-    changed = {name for name, version in before.items() if after.get(name) != version}
+    # Every Python loads a piece of setuptools when it starts; nothing here uses it.
+    changed = {name for name, version in before.items() if after.get(name) != version and name != "setuptools"}
     return {m for m, names in owners.items() if m in sys.modules and changed & set(map(canonicalize_name, names))}
 
 

@@ -51,12 +51,23 @@ def test_both_files_of_pins_are_read():
     assert all(pins[name].specifier for name in ("transformers", "peft", "unsloth"))
 
 
+def test_of_two_installed_versions_the_one_that_is_imported_counts(tmp_path, monkeypatch):
+    """Colab's machine has system packages behind its own."""
+    for folder, version in (("first", "2.0"), ("second", "1.0")):
+        (tmp_path / folder / f"twice-{version}.dist-info").mkdir(parents=True)
+        metadata = f"Metadata-Version: 2.1\nName: twice\nVersion: {version}\n"
+        (tmp_path / folder / f"twice-{version}.dist-info/METADATA").write_text(metadata)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    assert colab_setup.installed_versions()["twice"] == "2.0"
+
+
 def test_restart_is_asked_for_only_if_an_imported_package_changed():
     owners = {"json": ["Some_Package"], "pytest": ["pytest"], "not_imported": ["other"]}
     before = {"some-package": "1", "pytest": "9", "other": "1"}
     assert colab_setup.changed_modules(before, {"some-package": "2", "pytest": "9"}, owners) == {"json"}
     assert colab_setup.changed_modules(before, {"pytest": "9"}, owners) == {"json"}
     assert colab_setup.changed_modules(before, before | {"new": "1"}, owners) == set()
+    assert colab_setup.changed_modules({"setuptools": "65"}, {"setuptools": "84"}, {"json": ["setuptools"]}) == set()
 
 
 def make_wheel(folder: Path, name: str, version: str) -> Path:
