@@ -7,7 +7,11 @@ from test_notebooks import execute
 
 import helpers
 
-KEYS = {"HF_TOKEN": "hf_" + "Zq7" * 11 + "x", "WANDB_API_KEY": "5ec2e7" * 6 + "beef"}
+KEYS = {
+    "HF_TOKEN": "hf_" + "Zq7" * 11 + "x",
+    "WANDB_API_KEY": "5ec2e7" * 6 + "beef",
+    "JUDGE_API_KEY": "sk-" + "Jd4" * 9,
+}
 
 
 def test_no_secret_in_anything_that_is_written(smoke, tmp_path, monkeypatch):
