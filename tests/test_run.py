@@ -191,14 +191,10 @@ def test_a_killed_kernel_is_named_too(folder: Path) -> None:
 
 def test_an_interrupted_notebook_runs_again(folder: Path) -> None:
     write_notebook(folder, "03_sft", STEP + "\nimport time\ntime.sleep(0 if os.path.exists('go') else 600)")
-    process = subprocess.Popen(
-        [sys.executable, "run.py", "smoke.yaml"],
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A background job of a shell without job control ignores Ctrl-C, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A background job of a shell without job control ignores Ctrl-C, and its children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, "run.py", "smoke.yaml"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while len(log(folder)) < 5 and time.monotonic() < deadline:
         time.sleep(0.2)
