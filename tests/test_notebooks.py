@@ -71,6 +71,13 @@ class TestForm:
         expected = {"output_dir": run["output_dir"], **run[path.stem]}
         assert parameters_cell(path)["metadata"]["nbmake"]["mock"] == expected
 
+    def test_readme_lists_every_parameter_with_its_default(self, path):
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        section = readme.split(f"<code>{path.stem}</code>")[1].split("</details>")[0]
+        rows = dict(line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| `"))
+        listed = {name.strip("| `"): ast.literal_eval(value.strip("`")) for name, value in rows.items()}
+        assert listed == defaults(path)
+
     def test_seed2024_spells_out_every_value(self, path):
         run = yaml.safe_load((ROOT / "data/runs/seed2024.yaml").read_text(encoding="utf-8"))
         assert {"output_dir", *run[path.stem]} == set(defaults(path))
