@@ -2414,9 +2414,10 @@ def load_retriever(name: str, documents: list[str]) -> Any:
         from ragatouille import RAGPretrainedModel
 
     retriever = RAGPretrainedModel.from_pretrained(name, index_root=tempfile.gettempdir(), verbose=0)
-    # colbert-ai falls back to bert-base-uncased when it cannot read a checkpoint.
-    if retriever.model.inference_ckpt.name != name:
-        raise RecipeError(f"colbert-ai loaded {retriever.model.inference_ckpt.name} instead of {name}")
+    # colbert-ai takes bert-base-uncased for a checkpoint whose kind it cannot read.
+    checkpoint = retriever.model.inference_ckpt
+    if checkpoint.name != (checkpoint.colbert_config.model_name or name):
+        raise RecipeError(f"{name}: colbert-ai cannot read it and would take {checkpoint.name} instead")
     retriever.encode(documents, verbose=False)
     return retriever
 

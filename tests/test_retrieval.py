@@ -1,7 +1,11 @@
 """Retrieval with the tiny ColBERT through RAGatouille."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from conftest import ROOT
 
 import helpers
 
@@ -74,3 +78,14 @@ def test_equal_scores_keep_the_order_of_the_documents():
     retriever = helpers.load_retriever("data/tiny/colbert", [DOCUMENTS[i] for i in (7, 11, 7, 7)])
     found = helpers.search(retriever, DOCUMENTS[7], k=3, query_max_tokens=512)
     assert [result["index"] for result in found] == [0, 2, 3]
+
+
+def test_a_checkpoint_that_names_its_base_model(retriever, tmp_path):
+    """Published checkpoints name the model that they were trained from; the weights are their own all the same."""
+    copy = tmp_path / "colbert"
+    shutil.copytree("data/tiny/colbert", copy)
+    metadata = json.loads((copy / "artifact.metadata").read_text(encoding="utf-8"))
+    metadata["model_name"] = str(ROOT / "data/tiny/colbert")
+    (copy / "artifact.metadata").write_text(json.dumps(metadata), encoding="utf-8")
+    named = helpers.load_retriever(str(copy), DOCUMENTS)
+    assert helpers.search(named, DOCUMENTS[3], 3, 512) == helpers.search(retriever, DOCUMENTS[3], 3, 512)
