@@ -48,6 +48,11 @@ class RecipeError(ValueError):
     """An error that the reader can mend: one line that says what is wrong, where, and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """Kind and first line of a library's error, at most 120 characters: what fits into a RecipeError."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of a `.jsonl` or `.jsonl.gz` file, without blank lines and byte order mark.
 
@@ -127,10 +132,9 @@ def load_rows(name: str, required: Iterable[str] = (), revision: str = "") -> li
         splits = load_dataset(name, revision=revision or None)
         rows = splits.get("train", next(iter(splits.values()))).to_list()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RecipeError(
-            f"{name}: the hub data set cannot be read ({reason[:120]}); check the name, the network and, for a private "
-            "one, the secret HF_TOKEN; or name a local .jsonl file"
+            f"{name}: the hub data set cannot be read ({first_line(error)}); check the name, the network and, for a "
+            "private one, the secret HF_TOKEN; or name a local .jsonl file"
         ) from None
     for number, row in enumerate(rows, start=1):
         for key in required:
@@ -259,10 +263,9 @@ def data_source(name: str, revision: str = "", also_allowed: str = "") -> dict[s
     try:
         info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RecipeError(
-            f"{name}: its licence cannot be read from the hub ({reason[:120]}); check the name, the network and, for a "
-            "private one, the secret HF_TOKEN; or name a local file"
+            f"{name}: its licence cannot be read from the hub ({first_line(error)}); check the name, the network and, "
+            "for a private one, the secret HF_TOKEN; or name a local file"
         ) from None
     licence = (info.card_data or {}).get("license") or []
     licences = [licence] if isinstance(licence, str) else licence
@@ -1904,8 +1907,7 @@ def find_model(name: str, revision: str = "") -> str:
     except RevisionNotFoundError:
         raise RecipeError(f"{name}: the hub repository has no revision {revision!r}") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({reason[:120]})") from None
+        raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({first_line(error)})") from None
 
 
 def example_attention(
