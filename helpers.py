@@ -1190,11 +1190,21 @@ def allowed_new_tokens(limit: int, seconds_left: float, open_tasks: int, mean_to
 
 
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer."""
-    missing = [task["task_id"] for task in tasks if not answers.get(task["task_id"])]
+    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer.
+
+    A task that is missing in `answers` can still be answered; one whose answer is "" was asked twice in vain, and
+    greedy decoding would write the same again.
+    """
+    ids = [task["task_id"] for task in tasks]
+    missing, empty = [i for i in ids if i not in answers], [i for i in ids if answers.get(i) == ""]
     if missing:
         raise RecipeError(
             f"no answer for task_id {missing[:10]} ({len(missing)} of {len(tasks)}): run this notebook again"
+        )
+    if empty:
+        raise RecipeError(
+            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(tasks)}), with and without examples: set "
+            "ban_words = False, another prompt_style or a smaller repetition_penalty, or train the adapter longer"
         )
     return [{"task_id": task["task_id"], "input": task["input"], "output": answers[task["task_id"]]} for task in tasks]
 
@@ -1314,13 +1324,18 @@ def reference_nll(
             width = len(rows[waiting[0]])
             size = max(1, batch_tokens // width)
             chosen, waiting = waiting[:size], waiting[size:]
+            keep: Any = max(len(texts[i][1]) for i in chosen) + 1
+            if model.device.type == "cpu":
+                # A number makes a slice, for which torch copies the frozen output matrix once a row (2.7 GB for 8 rows
+                # of Gemma 3); positions make a new tensor, for which it does not.
+                keep = torch.arange(width - keep, width)
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
             mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
             logits = model(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
-                logits_to_keep=max(len(texts[i][1]) for i in chosen) + 1,
+                logits_to_keep=keep,
                 use_cache=False,
             ).logits
             for i, row in zip(chosen, logits, strict=True):
@@ -1813,8 +1828,13 @@ def quiet_libraries() -> None:
     )  # on a future version; this one is pinned
     # colbert-ai asks for mixed precision by an old name, and PyTorch says that there is none on a CPU.
     warnings.filterwarnings("ignore", module=r"colbert\.utils\.amp|torch\.cuda\.amp")
-    # bitsandbytes offers another package for the CPU.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # bitsandbytes offers another package for the CPU; Liger names each kind of hardware that is not there.
+    for name in ("bitsandbytes.backends.cpu.ops", "liger_kernel.backends.registry"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # trl and Liger do not know that the attention "examples" keeps examples apart and applies the softcapping.
+    notes = ("Padding-free training is enabled, but the attention", "attention implementation instead of `examples`")
+    for name in ("trl.trainer.sft_trainer", "liger_kernel.transformers.model.gemma2"):
+        logging.getLogger(name).addFilter(lambda record: not any(note in record.getMessage() for note in notes))
 
 
 def place_outputs(output_dir: str, drive_dir: str) -> str:

@@ -88,8 +88,15 @@ def test_submission_is_in_the_order_of_the_tasks():
     ]
 
 
-@pytest.mark.parametrize("answers", [{1: "a"}, {1: "a", 2: ""}])
-def test_submission_with_a_missing_or_empty_answer_is_refused(answers):
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({1: "a"}, r"task_id \[2\] \(1 of 2\): run this notebook again"),
+        ({1: "a", 2: ""}, r"empty .* task_id \[2\] .*set "),
+    ],
+)
+def test_submission_with_a_missing_or_empty_answer_is_refused(answers, message):
+    """Each with its own remedy: to run again does not help where greedy decoding has written nothing."""
     tasks = [{"task_id": i, "input": "x"} for i in (1, 2)]
-    with pytest.raises(RecipeError, match=r"task_id \[2\] \(1 of 2\)"):
+    with pytest.raises(RecipeError, match=message):
         helpers.submission_rows(tasks, answers)
