@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -85,3 +86,23 @@ def test_full_size_model_without_a_gpu(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match=r"no GPU here, and the model has 27\.2 billion weights"):
         helpers.load_model(str(tmp_path), "transformers", max_seq_length=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("trl.trainer.sft_trainer", "Padding-free training is enabled, but the attention implementation is not set to"),
+        (
+            "liger_kernel.transformers.model.gemma2",
+            "It is strongly recommended to train Gemma2 models with the `eager` attention implementation instead of "
+            "`examples`. Use",
+        ),
+    ],
+)
+def test_only_the_known_notes_are_quiet(name, known, caplog):
+    """A note on another attention than ours, such as sdpa, is one that the reader needs."""
+    helpers.quiet_libraries()
+    other = known.replace("Padding-free", "Packing").replace("examples", "sdpa")
+    for text in (known, other):
+        logging.getLogger(name).warning(text)
+    assert [record.getMessage() for record in caplog.records] == [other]
