@@ -115,6 +115,18 @@ def test_likelihood_computes_logits_for_the_references_alone(tiny, monkeypatch):
     assert [shape[:2] for shape in shapes] == [(3, longest + 1)]
 
 
+def test_likelihood_copies_no_output_matrix(tiny):
+    """Beside an adapter the output matrix is frozen, and torch may then copy it for each row: gigabytes a batch."""
+    model, tokenizer = tiny
+    model.requires_grad_(False)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        helpers.reference_nll(model, tokenizer, PROMPTS, REFERENCES)
+    copied = [len(PROMPTS), model.config.hidden_size, model.config.vocab_size]
+    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
+    assert shapes
+    assert not any(copied in given for given in shapes)
+
+
 def test_likelihood_is_the_same_after_answering_in_slots(tiny):
     """Notebook 04 answers first; the attention of its slots cannot read padded batches."""
     before = helpers.reference_nll(*tiny, PROMPTS, REFERENCES)
