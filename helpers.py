@@ -2301,6 +2301,7 @@ def answer_in_batches(
     import torch
 
     pad = model.generation_config.pad_token_id or 0
+    model.generation_config.max_length = None  # unsloth sets it, and generate() would tell of two limits each time
     waiting = list(range(len(prompts)))
     while waiting:
         chosen = waiting[:batch_size]

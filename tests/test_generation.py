@@ -1,6 +1,7 @@
 """Generation: batched answers must be those of one prompt at a time, and no answer may be lost."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop,
     for generate in (helpers.answer_in_batches, helpers.answer_all):
         found = dict(generate(model, prompts, LONGEST.__getitem__, parallel, process, stop, penalize_prompt))
         assert [found[i] for i in range(len(prompts))] == expected, generate.__name__
+
+
+def test_a_limit_of_the_models_own_says_nothing_and_changes_nothing(model, prompts, process, stop, caplog, monkeypatch):
+    """unsloth sets `max_length` on a GPU, of which transformers tells again with every batch."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    expected = dict(helpers.answer_in_batches(model, prompts, LONGEST.__getitem__, 1, process, stop))
+    model.generation_config.max_length = 8192
+    assert dict(helpers.answer_in_batches(model, prompts, LONGEST.__getitem__, 1, process, stop)) == expected
+    assert not caplog.records
 
 
 def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
