@@ -1192,8 +1192,8 @@ def allowed_new_tokens(limit: int, seconds_left: float, open_tasks: int, mean_to
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
     """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer.
 
-    A task that is missing in `answers` can still be answered; one whose answer is "" was asked twice in vain, and
-    greedy decoding would write the same again.
+    A task that is missing in `answers` can still be answered; for one whose answer is "", greedy decoding would write
+    the same again.
     """
     ids = [task["task_id"] for task in tasks]
     missing, empty = [i for i in ids if i not in answers], [i for i in ids if answers.get(i) == ""]
@@ -1203,8 +1203,8 @@ def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, st
         )
     if empty:
         raise RecipeError(
-            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(tasks)}), with and without examples: set "
-            "ban_words = False, another prompt_style or a smaller repetition_penalty, or train the adapter longer"
+            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(tasks)}): set ban_words = False, "
+            "another prompt_style or a smaller repetition_penalty, or train the adapter longer"
         )
     return [{"task_id": task["task_id"], "input": task["input"], "output": answers[task["task_id"]]} for task in tasks]
 
@@ -1327,7 +1327,7 @@ def reference_nll(
             keep: Any = max(len(texts[i][1]) for i in chosen) + 1
             if model.device.type == "cpu":
                 # A number makes a slice, for which torch copies the frozen output matrix once a row (2.7 GB for 8 rows
-                # of Gemma 3); positions make a new tensor, for which it does not.
+                # of Gemma 3); positions make a new tensor, for which it does not. unsloth on a GPU knows numbers only.
                 keep = torch.arange(width - keep, width)
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
             mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])

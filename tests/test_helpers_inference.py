@@ -92,7 +92,7 @@ def test_submission_is_in_the_order_of_the_tasks():
     ("answers", "message"),
     [
         ({1: "a"}, r"task_id \[2\] \(1 of 2\): run this notebook again"),
-        ({1: "a", 2: ""}, r"empty .* task_id \[2\] .*set "),
+        ({1: "a", 2: ""}, r"an empty answer for task_id \[2\] \(1 of 2\): set "),
     ],
 )
 def test_submission_with_a_missing_or_empty_answer_is_refused(answers, message):
