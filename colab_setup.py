@@ -1,17 +1,22 @@
-"""Install what a machine lacks of requirements.txt and requirements-nodeps.txt: the second half of the set-up cell.
+"""The second half of the set-up cell.
 
-Called where a notebook had to fetch the repository, as on Colab. An installed torch is never replaced: it fits the
-machine's driver, and another build is a download of gigabytes.
+Where a notebook had to fetch the repository, as on Colab, it installs what the machine lacks of requirements.txt and
+requirements-nodeps.txt. An installed torch is never replaced: it fits the machine's driver, and another build is a
+download of gigabytes.
 """
 
 import importlib
+import logging
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
+from types import ModuleType
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -89,3 +94,29 @@ def install() -> None:
             f"set-up: {', '.join(sorted(stale))} changed while in use: Runtime > Restart session, then Run all again"
         )
     print("set-up: everything is installed")
+
+
+def quiet_libraries() -> None:
+    """Turn off known notes of libraries that tell a reader nothing and fill the notebook; errors are not touched."""
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: a text bar instead of a widget
+    warnings.filterwarnings(
+        "ignore", message=r"\s*\*+\s*RAGatouille WARNING"
+    )  # on a future version; this one is pinned
+    # colbert-ai asks for mixed precision by an old name, and PyTorch says that there is none on a CPU.
+    warnings.filterwarnings("ignore", module=r"colbert\.utils\.amp|torch\.cuda\.amp")
+    # bitsandbytes offers another package for the CPU; Liger names each kind of hardware that is not there.
+    for name in ("bitsandbytes.backends.cpu.ops", "liger_kernel.backends.registry"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # trl and Liger do not know that the attention "examples" keeps examples apart and applies the softcapping.
+    notes = ("Padding-free training is enabled, but the attention", "attention implementation instead of `examples`")
+    for name in ("trl.trainer.sft_trainer", "liger_kernel.transformers.model.gemma2"):
+        logging.getLogger(name).addFilter(lambda record: not any(note in record.getMessage() for note in notes))
+
+
+def prepare() -> ModuleType:
+    """Install what is missing if the repository was fetched for this notebook, go to its root, return helpers.py."""
+    if ROOT not in (Path.cwd(), *Path.cwd().parents):
+        install()
+    os.chdir(ROOT)
+    quiet_libraries()
+    return importlib.import_module("helpers")

@@ -235,6 +235,7 @@ ALLOWED_LICENCES = (
     "pddl",
     "unlicense",
 )
+OWN_DATA = "your own (local file)"
 
 
 def check_licence(name: str, licences: Sequence[str], also_allowed: str = "") -> str:
@@ -250,31 +251,38 @@ def check_licence(name: str, licences: Sequence[str], also_allowed: str = "") ->
     return ", ".join(found)
 
 
-def data_source(name: str, revision: str = "", also_allowed: str = "") -> dict[str, str]:
-    """Where data comes from, for the reports: {"data", "commit", "licence"}; the licence is that of the hub's card.
-
-    A local file counts as your own. Raises RecipeError for a licence that is not allowed (see `check_licence`) and for
-    a hub data set whose card cannot be read.
-    """
-    if Path(name).exists() or name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        return {"data": name, "commit": "", "licence": "your own (local file)"}
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
-    except Exception as error:
-        raise RecipeError(
-            f"{name}: its licence cannot be read from the hub ({first_line(error)}); check the name, the network and, "
-            "for a private one, the secret HF_TOKEN; or name a local file"
-        ) from None
-    licence = (info.card_data or {}).get("license") or []
-    licences = [licence] if isinstance(licence, str) else licence
-    return {"data": name, "commit": info.sha or "", "licence": check_licence(name, licences, also_allowed)}
+# Records: what was made from what, in one form for all notebooks. The record of a folder is the file record.json in it,
+# that of a file lies beside it. A record holds
+#     stage      the notebook
+#     inputs     a source for each input: name, commit (of a hub repository), sha256 (of its contents), licence (of
+#                data), and the inputs that it was made from itself: a record leads back to published weights and data
+#     settings   the values that decide the result
+#     versions   of the packages
+#     files      SHA-256 of every file that was written
+# It is written last, so a folder or file with a record is finished.
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 2. Quantize
-# --------------------------------------------------------------------------------------------------------------------
+def record_path(product: str | Path) -> Path:
+    """Where the record of a folder or file lies."""
+    product = Path(product)
+    return product / "record.json" if product.is_dir() else product.with_name(f"{product.name}.record.json")
+
+
+def hash_files(product: str | Path) -> dict[str, str]:
+    """SHA-256 of a file, or of every file below a folder, by path relative to it; records and cards are left out."""
+    product = Path(product)
+    files = sorted(path for path in product.rglob("*") if path.is_file()) if product.is_dir() else [product]
+    base = product if product.is_dir() else product.parent
+    return {
+        path.relative_to(base).as_posix(): sha256_file(path)
+        for path in files
+        if path.name not in ("record.json", "README.md")
+    }
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value that JSON can hold; the order of a dictionary's keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
@@ -290,43 +298,167 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def hash_folder(folder: str | Path, skip: Iterable[str] = ()) -> dict[str, str]:
-    """SHA-256 of every file below `folder`, by path relative to it, in sorted order; names in `skip` are left out."""
-    folder, skip = Path(folder), set(skip)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): sha256_file(path) for path in files if path.name not in skip}
+def make_record(
+    stage: str, inputs: Mapping[str, Any], settings: Mapping[str, Any], packages: Iterable[str]
+) -> dict[str, Any]:
+    """A record of something that is not written yet, as JSON gives it back; `write_record` adds the files."""
+    record = {"stage": stage, "inputs": inputs, "settings": settings, "versions": package_versions(packages)}
+    return json.loads(json.dumps(record))
 
 
-def model_card(
-    title: str, base_model: str, tags: Iterable[str], facts: Mapping[str, Any], datasets: Sequence[str] = ()
-) -> str:
-    """Text of a hub model card (README.md): front matter, a table of `facts`, the notice that Gemma's terms ask for."""
+def write_record(product: str | Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a finished folder or file, with the hash of every file."""
+    write_json(record_path(product), {**record, "files": hash_files(product)})
+
+
+def read_record(product: str | Path) -> dict[str, Any]:
+    """The record of a local folder or file; {} if there is none."""
+    path = record_path(product)
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise RecipeError(f"{path} cannot be read ({first_line(error)}): run the notebook that writes it") from None
+
+
+def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
+    """The record of a local folder or file; {} if there is none, which is an error if it must be `finished`.
+
+    Raises RecipeError that names the first file that is missing, was added, or holds other bytes than were recorded.
+    """
+    record = read_record(product)
+    if finished and not record:
+        state = "has no record, so it was not written to its end" if Path(product).exists() else "does not exist"
+        raise RecipeError(f"{product} {state}: run the notebook that writes it, or name another input")
+    recorded, found = record.get("files", {}), hash_files(product) if record else {}
+    for name in recorded.keys() | found.keys():
+        if recorded.get(name) != found.get(name):
+            state = "is missing" if name not in found else "was changed" if name in recorded else "was added"
+            raise RecipeError(
+                f"{product}: {name} {state} after notebook {record['stage']} wrote it: run that notebook again, or, if "
+                f"the change is meant, delete {record_path(product)}"
+            )
+    return record
+
+
+def data_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
+    """The source (see Records) of a data set: a local file or folder, or a hub data set with the licence of its card.
+
+    A local file counts as your own. Raises RecipeError for a hub data set whose card cannot be read, for a file of this
+    series that was changed afterwards, and, if it must be `finished`, for one without a record.
+    """
+    if finished or Path(name).exists():
+        record = check_files(name, finished)
+        sha256 = digest(record.get("files") or hash_files(name))
+        inputs = record.get("inputs", {})
+        return {"name": name, "commit": "", "sha256": sha256, "licence": OWN_DATA, "inputs": inputs}
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
+    except Exception as error:
+        raise RecipeError(
+            f"{name}: its licence cannot be read from the hub ({first_line(error)}); check the name, the network and, "
+            "for a private one, the secret HF_TOKEN; or name a local file"
+        ) from None
+    licence = (info.card_data or {}).get("license") or "unknown"
+    licence = licence if isinstance(licence, str) else ", ".join(licence)
+    return {"name": name, "commit": info.sha or "", "sha256": "", "licence": licence.lower(), "inputs": {}}
+
+
+def model_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
+    """The source (see Records) of a model or adapter: a local folder, whose files are checked, or a hub repository.
+
+    If it must be `finished`, it is a folder that an earlier notebook wrote, and has a record.
+    """
+    commit = "" if finished else find_model(name, revision)
+    if commit:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            record = json.loads(Path(hf_hub_download(name, "record.json", revision=commit)).read_text(encoding="utf-8"))
+        except EntryNotFoundError:
+            record = {}
+        files = record.get("files")
+    else:
+        record = check_files(name, finished)
+        files = record.get("files") or hash_files(name)
+    sha256 = digest(files) if files else ""
+    return {"name": name, "commit": commit, "sha256": sha256, "inputs": record.get("inputs", {})}
+
+
+def origins(inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sources at the bottom of a record's inputs: published weights and data, which this series did not make."""
+    found: dict[str, dict[str, Any]] = {}
+    for role, source in inputs.items():
+        found |= origins(source["inputs"]) or {role: source}
+    return found
+
+
+def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
+    """Raise RecipeError if one of the data sets at the bottom of `inputs` has a licence that is not allowed."""
+    for source in origins(inputs).values():
+        if source.get("licence", OWN_DATA) != OWN_DATA:  # a model's licence is not asked for here
+            check_licence(source["name"], source["licence"].split(", "), also_allowed)
+
+
+def contents(source: Mapping[str, Any]) -> str:
+    """What tells a source from another one: its contents, wherever they lie; without a hash its commit or name."""
+    return source["sha256"] or source["commit"] or source["name"]
+
+
+def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the inputs and settings in which two records differ."""
+    parts = [{role: contents(source) for role, source in r["inputs"].items()} | r["settings"] for r in (old, new)]
+    return sorted(key for key in parts[0].keys() | parts[1].keys() if parts[0].get(key) != parts[1].get(key))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. Quantize
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def record_table(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """A Markdown table for a card: where everything comes from, the settings, the versions, and more `facts`."""
+    rows = {}
+    for role, source in origins(record["inputs"]).items():
+        rows[role.replace("_", " ")] = ", ".join(filter(None, map(source.get, ("name", "commit", "licence"))))
+    rows["settings"] = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if name != "texts")
+    rows["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
+
+
+def model_card(title: str, record: Mapping[str, Any], tags: Iterable[str], facts: Mapping[str, Any]) -> str:
+    """Text of a hub model card (README.md): front matter, `record_table`, the notice that Gemma's terms ask for."""
     from huggingface_hub import ModelCardData
 
+    sources = origins(record["inputs"])
+    base_model = sources.pop("model")["name"]
     data = ModelCardData(
-        base_model=base_model, language="ja", license="gemma", tags=list(tags), datasets=list(datasets) or None
+        base_model=base_model,
+        language="ja",
+        license="gemma",
+        tags=list(tags),
+        datasets=[source["name"] for source in sources.values() if source["commit"]] or None,
     )
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_fact_table(facts)}\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}\n"
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.\n"
     )
 
 
-def dataset_card(title: str, source: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    """Text of a hub dataset card: front matter with the licence of its source (see `data_source`), table of `facts`."""
+def dataset_card(title: str, record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Text of a hub dataset card: front matter with the licence of the source, and `record_table`."""
     from huggingface_hub import DatasetCardData
 
+    source = record["inputs"]["dataset"]
     from_hub = bool(source["commit"])
     data = DatasetCardData(
         language="ja",
         license=source["licence"].split(", ") if from_hub and source["licence"] != "unknown" else None,
-        source_datasets=[source["data"]] if from_hub else None,
+        source_datasets=[source["name"]] if from_hub else None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_fact_table(facts)}"
-
-
-def _fact_table(facts: Mapping[str, Any]) -> str:
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
@@ -358,7 +490,6 @@ def estimate_memory(
     r: int = 0,
     batch_size: int = 0,
     length: int = 0,
-    eager: bool = False,
     slots: int = 0,
     columns: int = 0,
 ) -> dict[str, float]:
@@ -366,8 +497,7 @@ def estimate_memory(
 
     Weights: 4 bit if `quantization_config` is there, else 16. A LoRA adapter of rank `r` on all linear layers.
     Training: rows of `batch_size` texts of `length` tokens each, gradient checkpointing, loss in chunks, float32
-    adapter with 8-bit Adam; `eager` attention holds the scores of a whole row. Answering: `slots` answers of `columns`
-    tokens.
+    adapter with 8-bit Adam. Answering: `slots` answers of `columns` tokens.
     Measured peaks (benchmarks/RESULTS.md) are met within 7 %; with unsloth, which keeps less, it is an upper bound.
     """
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -386,7 +516,7 @@ def estimate_memory(
         # Weights and gradients in float32 and two moments of a byte each; 16 bit and nothing else for answering.
         "adapter": adapter * (10 if tokens else 2),
         # One hidden state a layer is kept; of one layer at a time five tensors of the MLP are alive.
-        "activations": tokens * (2 * layers * hidden + 5 * 2 * inner) + eager * batch_size * heads * length**2 * 10,
+        "activations": tokens * (2 * layers * hidden + 5 * 2 * inner),
         "keys and values": 4 * layers * kv_heads * head_dim * slots * columns,
         # Expanded matrices, a chunk of the loss, a prompt's forward pass, CUDA itself: at the size of 27B.
         "working memory": 3 * 2**30,
@@ -394,31 +524,26 @@ def estimate_memory(
     return {part: round(size / 2**30, 2) for part, size in gib.items()}
 
 
-def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], compute_dtype: str, remedy: str) -> list[str]:
+def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], remedy: str) -> list[str]:
     """Lines that say whether a run that needs `need` GiB (see `estimate_memory`) fits the GPU (see `find_gpu`)."""
     total = sum(need.values())
     parts = ", ".join(f"{part} {size:.1f}" for part, size in need.items() if size >= 0.05)
     lines = [f"this run needs about {total:.1f} GiB of GPU memory" + (f": {parts}" if parts else "")]
     if gpu is None:
         return [*lines, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
-    bf16 = gpu["compute_capability"] >= 8
-    lines.insert(0, f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {'yes' if bf16 else 'no'}")
-    if compute_dtype == "bfloat16" and not bf16:
-        lines.append('this GPU has no bfloat16: set compute_dtype = "float16"')
+    bf16 = "yes" if gpu["compute_capability"] >= 8 else "no, float16 is used"
+    lines.insert(0, f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}")
     fits = total <= 0.95 * gpu["free_gib"]
     return [*lines, "it fits" if fits else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"]
 
 
-def check_quantized_folder(folder: str | Path, base_model: str, base_commit: str) -> None:
-    """Raise RecipeError if `folder` already holds the finished quantization of another base (its provenance.json)."""
-    path = Path(folder) / "provenance.json"
-    if not path.is_file():
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if (found["base_model"], found["base_commit"]) != (base_model, base_commit):
+def check_free_folder(folder: str | Path, source: Mapping[str, Any]) -> None:
+    """Raise RecipeError if `folder` already holds what was made from another model than `source`."""
+    found = read_record(folder).get("inputs", {}).get("model") if Path(folder).is_dir() else None
+    if found and contents(found) != contents(source):
         raise RecipeError(
-            f"{folder} already holds {found['base_model']} ({found['base_commit'] or 'local'}), not {base_model} "
-            f"({base_commit or 'local'}): choose another output_dir or delete that folder"
+            f"{folder} already holds {found['name']} ({found['commit'] or 'local'}), not {source['name']} "
+            f"({source['commit'] or 'local'}): choose another output_dir or delete that folder"
         )
 
 
@@ -1018,14 +1143,6 @@ def training_pairs(filtered: Iterable[Mapping[str, Any]], qa: Iterable[Mapping[s
     return pairs
 
 
-def training_sources(train_file: str, qa_data: str, also_allowed: str = "") -> list[dict[str, str]]:
-    """Where the training data comes from (see `data_source`): of a file of notebook 2, what its report says."""
-    report = Path(train_file).with_name("filter_report.json")
-    filtered = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    first = filtered.get("source") or data_source(train_file, also_allowed=also_allowed)
-    return [first, data_source(qa_data, also_allowed=also_allowed)]
-
-
 def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
     """What to change when a training step does not fit into the GPU's memory, at the same effective batch."""
     if batch_size > 1:
@@ -1038,28 +1155,129 @@ def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
     return RecipeError(f"the GPU's memory is full: {advice}, restart the runtime and run the notebook again")
 
 
-def checkpoint_to_resume(folder: str | Path, settings: Mapping[str, Any], finished: str | Path) -> str | None:
-    """The newest checkpoint below `folder` of an interrupted training with the same `settings`, or None to start anew.
+def sample_answers(
+    model: Any, tokenizer: Any, questions: Sequence[str], engine: str, max_new_tokens: int = 64
+) -> list[str]:
+    """Greedy answers to a few questions in the words of the training texts: to see what training changes.
 
-    `settings` is kept in the folder. A training whose report `finished` exists is over: its checkpoints are deleted,
-    and the report as well, so that from now on the new training counts as unfinished.
-    Raises RecipeError if an interrupted training with other settings lies there; its checkpoints are not touched.
+    One question at a time with the model's own `generate`. The model is left as it was found.
     """
-    folder, finished = Path(folder), Path(finished)
-    kept = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if finished.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        finished.unlink()
-    if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8"))) != settings:
-        changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
-        raise RecipeError(
-            f"{folder} holds an interrupted training with other values of {', '.join(changed)}: set them back to go on "
-            "with it, or choose another output_dir, or delete that folder"
-        )
-    write_json(kept, settings)
-    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None
+    import torch
+
+    config, training = model.config.get_text_config(), model.training
+    attention, cached = config._attn_implementation, config.use_cache
+    model.eval()
+    if engine == "unsloth":
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
+    else:
+        config._attn_implementation = "eager"  # the attention of training reads rows without padding only
+    config.use_cache = True
+    answers = []
+    for question in questions:
+        prompt = tokenizer(sft_text(question, "", ""), return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            ids = model.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens, max_length=None)[0]
+        answers.append(tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    config._attn_implementation, config.use_cache = attention, cached
+    if engine == "unsloth":
+        FastLanguageModel.for_training(model)
+    model.train(training)
+    return answers
+
+
+def noise_as_with_padding(model: Any, alpha: float) -> None:
+    """Make NEFTune's noise on a row without padding that of a padded batch of the same texts.
+
+    The noise is alpha / sqrt(tokens of a row x width). A padded row is as long as the longest text of its batch; a row
+    without padding holds all of them, so its noise would shrink with their number. The trainer's alpha is set anew for
+    every row, from the row's `position_ids` (1, tokens), which begin at 0 with every text.
+    """
+    embeddings = model.get_input_embeddings()
+
+    def set_alpha(_module: Any, _arguments: Any, named: dict[str, Any]) -> None:
+        positions = named["position_ids"]
+        embeddings.neftune_noise_alpha = alpha * (positions.shape[1] / (int(positions.max()) + 1)) ** 0.5
+
+    model.register_forward_pre_hook(set_alpha, with_kwargs=True)
+
+
+def checkpoint_to_resume(folder: str | Path, record: Mapping[str, Any], adapter: str | Path) -> Path | None:
+    """The newest whole checkpoint below `folder` of the training with this `record`, or None to start anew.
+
+    A checkpoint is whole if every file is as its own record says (see `checkpoint_recorder`); others are named and left
+    out. If the checkpoints are those of another training, it depends on whether that one was finished, that is, whether
+    its `adapter` folder has its record: then the checkpoints are deleted, and so is the adapter's record, because the
+    adapter is about to be replaced. Otherwise RecipeError asks what to do with them, and nothing is touched.
+    """
+    folder, adapter = Path(folder), Path(adapter)
+    numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    checkpoints = sorted((path for path, found in numbers.items() if found), key=lambda path: int(numbers[path][1]))
+    old = read_record(folder)
+    changed = changed_parts(old, record) if old else ["what it was started with"] if checkpoints else []
+    if changed:
+        if not old or changed_parts(read_record(adapter) or {"inputs": {}, "settings": {}}, old):
+            raise RecipeError(
+                f"{folder} holds an interrupted training with other values of {', '.join(changed)}: set them back to "
+                "go on with it, or choose another output_dir, or delete that folder"
+            )
+        record_path(adapter).unlink()
+        shutil.rmtree(folder)
+        checkpoints = []
+    write_json(folder / "record.json", record)
+    for checkpoint in reversed(checkpoints):
+        try:
+            if check_files(checkpoint):
+                return checkpoint
+            problem = "it was not written to its end"
+        except RecipeError as error:
+            problem = str(error).partition(":")[2].partition(" after notebook")[0].strip()
+        print(f"{checkpoint} is left out: {problem}")
+    return None
+
+
+def checkpoint_recorder(record: Mapping[str, Any], checkpoint: Path | None = None) -> Any:
+    """A callback for the trainer that writes the record of every checkpoint, last of all, and so marks it as whole.
+
+    It adds what was `measured` up to then: seconds of training, with those before the `checkpoint` that it goes on
+    from, and the peak of this process's GPU memory in GiB (None without a GPU).
+    """
+    import torch
+    from accelerate import PartialState
+    from transformers import TrainerCallback
+
+    seconds_before = read_record(checkpoint)["measured"]["seconds"] if checkpoint else 0.0
+
+    class CheckpointRecorder(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            PartialState().wait_for_everyone()  # every process keeps its random state in the checkpoint
+            if state.is_world_process_zero:
+                seconds = seconds_before + time.perf_counter() - self.started
+                peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+                measured = {"seconds": round(seconds, 1), "peak_gpu_gib": peak and round(peak, 2)}
+                write_record(Path(args.output_dir, f"checkpoint-{state.global_step}"), {**record, "measured": measured})
+
+    return CheckpointRecorder()
+
+
+def train(trainer: Any, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one; after the last step only its weights are loaded.
+
+    transformers would go one step too far from a checkpoint of the last step in the middle of an epoch.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(checkpoint / "trainer_state.json") if checkpoint else None
+    if state is None or state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    else:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device=str(trainer.model.device)))
+        trainer.state = state
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1817,26 +2035,6 @@ def plot_comparison(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
 ENGINES = ("unsloth", "transformers")
 
 
-def quiet_libraries() -> None:
-    """Turn off known notes of libraries that tell a reader nothing and fill the notebook; errors are not touched."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: a text bar instead of a widget
-    warnings.filterwarnings(
-        "ignore", message=r"\s*\*+\s*RAGatouille WARNING"
-    )  # on a future version; this one is pinned
-    # colbert-ai asks for mixed precision by an old name, and PyTorch says that there is none on a CPU.
-    warnings.filterwarnings("ignore", module=r"colbert\.utils\.amp|torch\.cuda\.amp")
-    # bitsandbytes offers another package for the CPU; Liger names each kind of hardware that is not there.
-    for name in ("bitsandbytes.backends.cpu.ops", "liger_kernel.backends.registry"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # trl and Liger do not know that the attention "examples" keeps examples apart and applies the softcapping.
-    notes = ("Padding-free training is enabled, but the attention", "attention implementation instead of `examples`")
-    for name in ("trl.trainer.sft_trainer", "liger_kernel.transformers.model.gemma2"):
-        logging.getLogger(name).addFilter(lambda record: not any(note in record.getMessage() for note in notes))
-
-
 def place_outputs(output_dir: str, drive_dir: str) -> str:
     """The folder to write to: `output_dir`, on Colab below `drive_dir` in the reader's Google Drive, which is mounted.
 
@@ -1869,6 +2067,12 @@ def find_gpu() -> dict[str, Any] | None:
     return {"name": name, "free_gib": int(free) / 1024, "compute_capability": float(capability)}
 
 
+def compute_dtype() -> str:
+    """The type of matrix products and of what is not quantized: "bfloat16", on a GPU without it (T4) "float16"."""
+    gpu = find_gpu()
+    return "float16" if gpu and gpu["compute_capability"] < 8 else "bfloat16"
+
+
 def read_config(name: str, revision: str = "", file: str = "config.json") -> dict[str, Any]:
     """A JSON file of a model folder or hub repository, without loading the model; RecipeError if there is no model."""
     find_model(name, revision)
@@ -1881,22 +2085,11 @@ def read_config(name: str, revision: str = "", file: str = "config.json") -> dic
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_lineage(name: str) -> dict[str, Any]:
-    """What a model or adapter was made from: the lineage.json that notebook 03 writes, else its base and commit."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return read_config(name, file="lineage.json")
-    except (FileNotFoundError, EntryNotFoundError):
-        made = model_provenance(name) or {"base_model": name, "base_commit": find_model(name)}
-        return {"model": name, "base_model": made["base_model"], "base_commit": made["base_commit"]}
-
-
-def report_machine(packages: Iterable[str], need: Mapping[str, float], compute_dtype: str, remedy: str) -> None:
+def report_machine(packages: Iterable[str], need: Mapping[str, float], remedy: str) -> None:
     """Print versions, GPU, and whether the run fits; `remedy` is what to change if not."""
     versions = {"python": sys.version.split()[0], **package_versions(packages)}
     print(", ".join(f"{name} {version}" for name, version in versions.items() if version))
-    print("\n".join(fit_report(find_gpu(), need, compute_dtype, remedy)))
+    print("\n".join(fit_report(find_gpu(), need, remedy)))
 
 
 def find_model(name: str, revision: str = "") -> str:
@@ -2017,6 +2210,8 @@ def load_model(
     config = AutoConfig.from_pretrained(name, revision=revision or None)
     gpu = torch.cuda.is_available()
     check_gpu(config.to_dict(), gpu)
+    if not gpu and parameter_count(config.to_dict()) < 1e7:
+        torch.set_num_threads(1)  # the tiny models' matrices are too small to share: a second thread only waits
     quantized = getattr(config, "quantization_config", None) is not None
     options = {"dtype": getattr(torch, dtype), "revision": revision or None}
     if engine != "unsloth" or not gpu:
@@ -2354,36 +2549,22 @@ def push_dataset(files: Mapping[str, str | Path], hub_repo: str, token: str) -> 
     api.create_commit(hub_repo, operations, commit_message="Filtered rows and card", repo_type="dataset")
 
 
-def model_provenance(name: str) -> dict[str, Any]:
-    """What notebook 01 recorded of a quantized model (its provenance.json), {} for any other model."""
-    if Path(name).is_dir():
-        path = Path(name) / "provenance.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Raise RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
 
-    try:
-        return json.loads(Path(hf_hub_download(name, "provenance.json")).read_text(encoding="utf-8"))
-    except EntryNotFoundError:
-        return {}
-
-
-def check_adapter(adapter: str, model: str) -> None:
-    """Raise RecipeError if the adapter was trained on another base than `model`.
-
-    The same base is the name that the adapter's config records, the same folder, or the same files (notebook 03 keeps
-    the base's provenance.json in the adapter as base_provenance.json), so that a folder may be moved or pushed.
+    The same base is the same contents, so that a folder may be moved or pushed; for an adapter without a record it is
+    the name that the adapter's config holds.
     """
-    find_model(adapter)
-    from peft import PeftConfig
-
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if base == model or Path(base).resolve() == Path(model).resolve():
-        return
-    recorded = Path(adapter) / "base_provenance.json"
-    if recorded.is_file() and json.loads(recorded.read_text(encoding="utf-8")) == (model_provenance(model) or None):
-        return
-    raise RecipeError(f"the adapter {adapter} was trained on {base}, not on {model}: name the same model in both")
+    base = adapter["inputs"].get("model")
+    if base is None:
+        name = read_config(adapter["name"], adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
+        same = name == model["name"] or Path(name).resolve() == Path(model["name"]).resolve()
+    else:
+        name, same = base["name"], contents(base) == contents(model)
+    if not same:
+        raise RecipeError(
+            f"the adapter {adapter['name']} was trained on {name}, not on {model['name']}: name the same model in both"
+        )
 
 
 def mend_ragatouille() -> None:
