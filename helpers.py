@@ -271,12 +271,12 @@ def record_path(product: str | Path) -> Path:
 def hash_files(product: str | Path) -> dict[str, str]:
     """SHA-256 of a file, or of every file below a folder, by path relative to it; records and cards are left out."""
     product = Path(product)
-    files = sorted(path for path in product.rglob("*") if path.is_file()) if product.is_dir() else [product]
+    files = sorted(product.rglob("*")) if product.is_dir() else [product]
     base = product if product.is_dir() else product.parent
     return {
         path.relative_to(base).as_posix(): sha256_file(path)
         for path in files
-        if path.name not in ("record.json", "README.md")
+        if path.is_file() and path.name not in ("record.json", "README.md")
     }
 
 
@@ -320,6 +320,15 @@ def read_record(product: str | Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read ({first_line(error)}): run the notebook that writes it") from None
 
 
+def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
+    """The first file of a folder that is not as its record says, such as "weights was changed"; "" if all are."""
+    recorded, found = record["files"], hash_files(product)
+    for name in sorted(recorded.keys() | found.keys()):
+        if recorded.get(name) != found.get(name):
+            return f"{name} {'is missing' if name not in found else 'was changed' if name in recorded else 'was added'}"
+    return ""
+
+
 def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
     """The record of a local folder or file; {} if there is none, which is an error if it must be `finished`.
 
@@ -329,14 +338,11 @@ def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
     if finished and not record:
         state = "has no record, so it was not written to its end" if Path(product).exists() else "does not exist"
         raise RecipeError(f"{product} {state}: run the notebook that writes it, or name another input")
-    recorded, found = record.get("files", {}), hash_files(product) if record else {}
-    for name in recorded.keys() | found.keys():
-        if recorded.get(name) != found.get(name):
-            state = "is missing" if name not in found else "was changed" if name in recorded else "was added"
-            raise RecipeError(
-                f"{product}: {name} {state} after notebook {record['stage']} wrote it: run that notebook again, or, if "
-                f"the change is meant, delete {record_path(product)}"
-            )
+    if record and (change := find_change(product, record)):
+        raise RecipeError(
+            f"{product}: {change} after notebook {record['stage']} wrote it: run that notebook again, or, if the "
+            f"change is meant, delete {record_path(product)}"
+        )
     return record
 
 
@@ -402,14 +408,14 @@ def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
             check_licence(source["name"], source["licence"].split(", "), also_allowed)
 
 
-def contents(source: Mapping[str, Any]) -> str:
+def identity(source: Mapping[str, Any]) -> str:
     """What tells a source from another one: its contents, wherever they lie; without a hash its commit or name."""
     return source["sha256"] or source["commit"] or source["name"]
 
 
 def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names of the inputs and settings in which two records differ."""
-    parts = [{role: contents(source) for role, source in r["inputs"].items()} | r["settings"] for r in (old, new)]
+    parts = [{role: identity(source) for role, source in r["inputs"].items()} | r["settings"] for r in (old, new)]
     return sorted(key for key in parts[0].keys() | parts[1].keys() if parts[0].get(key) != parts[1].get(key))
 
 
@@ -540,7 +546,7 @@ def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], remedy:
 def check_free_folder(folder: str | Path, source: Mapping[str, Any]) -> None:
     """Raise RecipeError if `folder` already holds what was made from another model than `source`."""
     found = read_record(folder).get("inputs", {}).get("model") if Path(folder).is_dir() else None
-    if found and contents(found) != contents(source):
+    if found and identity(found) != identity(source):
         raise RecipeError(
             f"{folder} already holds {found['name']} ({found['commit'] or 'local'}), not {source['name']} "
             f"({source['commit'] or 'local'}): choose another output_dir or delete that folder"
@@ -1228,11 +1234,12 @@ def checkpoint_to_resume(folder: str | Path, record: Mapping[str, Any], adapter:
     write_json(folder / "record.json", record)
     for checkpoint in reversed(checkpoints):
         try:
-            if check_files(checkpoint):
-                return checkpoint
-            problem = "it was not written to its end"
+            own = read_record(checkpoint)
+            problem = find_change(checkpoint, own) if own else "it was not written to its end"
         except RecipeError as error:
-            problem = str(error).partition(":")[2].partition(" after notebook")[0].strip()
+            problem = str(error)
+        if not problem:
+            return checkpoint
         print(f"{checkpoint} is left out: {problem}")
     return None
 
@@ -2560,7 +2567,7 @@ def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         name = read_config(adapter["name"], adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
         same = name == model["name"] or Path(name).resolve() == Path(model["name"]).resolve()
     else:
-        name, same = base["name"], contents(base) == contents(model)
+        name, same = base["name"], identity(base) == identity(model)
     if not same:
         raise RecipeError(
             f"the adapter {adapter['name']} was trained on {name}, not on {model['name']}: name the same model in both"

@@ -1,11 +1,11 @@
 """Section 4 of helpers.py: training texts, chat template, resuming."""
 
-import json
-
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers.integrations.neftune import activate_neftune
 
 import helpers
 from helpers import RecipeError
@@ -46,40 +46,109 @@ def test_chat_template():
         tokenizer.apply_chat_template([turns[1]], tokenize=False)
 
 
-def checkpoint(folder, step):
+def training(**settings):
+    base = {"name": "base", "commit": "", "sha256": settings.pop("base", "1"), "inputs": {}}
+    return helpers.make_record("03_sft", {"model": base}, settings, [])
+
+
+def checkpoint(folder, step, record):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text("{}")
-    return str(path)
+    for name in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors"):
+        (path / name).write_text(f"{name} {step}")
+    helpers.write_record(path, record)
+    return path
 
 
-def test_resume_takes_the_newest_checkpoint_of_the_same_settings(tmp_path):
-    folder, finished = tmp_path / "checkpoints", tmp_path / "sft_metrics.json"
-    settings = {"r": 8, "modules": ("q", "k")}
-    assert helpers.checkpoint_to_resume(folder, settings, finished) is None
-    checkpoint(folder, 300)
-    newest = checkpoint(folder, 1200)
-    (folder / "checkpoint-1500").mkdir()  # killed before it was complete
-    assert helpers.checkpoint_to_resume(folder, settings, finished) == newest
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
 
 
-def test_resume_refuses_checkpoints_of_other_settings(tmp_path):
-    folder, finished = tmp_path / "checkpoints", tmp_path / "sft_metrics.json"
-    helpers.checkpoint_to_resume(folder, {"r": 8, "seed": 1}, finished)
-    kept = checkpoint(folder, 300)
-    with pytest.raises(RecipeError, match=r"other values of r:"):
-        helpers.checkpoint_to_resume(folder, {"r": 16, "seed": 1}, finished)
-    assert helpers.checkpoint_to_resume(folder, {"r": 8, "seed": 1}, finished) == kept
+@pytest.fixture
+def adapter(tmp_path):
+    return tmp_path / "adapter"
 
 
-def test_finished_training_starts_anew(tmp_path):
-    folder, finished = tmp_path / "checkpoints", tmp_path / "sft_metrics.json"
-    helpers.checkpoint_to_resume(folder, {"r": 8}, finished)
-    checkpoint(folder, 300)
-    finished.write_text(json.dumps({}))
-    assert helpers.checkpoint_to_resume(folder, {"r": 16}, finished) is None
-    assert not finished.exists()
+def test_resume_takes_the_newest_checkpoint_of_the_same_training(folder, adapter):
+    record = training(r=8, modules=("q", "k"))
+    assert helpers.checkpoint_to_resume(folder, record, adapter) is None
+    checkpoint(folder, 300, record)
+    newest = checkpoint(folder, 1200, record)
+    for foreign in ("checkpoint-old", "checkpoint-1500x", "notes"):
+        (folder / foreign).mkdir()
+    assert helpers.checkpoint_to_resume(folder, record, adapter) == newest
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path / "record.json").unlink(), "it was not written to its end"),
+        (lambda path: (path / "record.json").write_text("{"), "cannot be read"),
+        (lambda path: (path / "optimizer.pt").write_text("optimizer"), "optimizer.pt was changed"),
+        (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(folder, adapter, capsys, damage, said):
+    record = training(r=8)
+    helpers.checkpoint_to_resume(folder, record, adapter)
+    whole, damaged = checkpoint(folder, 300, record), checkpoint(folder, 1200, record)
+    damage(damaged)
+    assert helpers.checkpoint_to_resume(folder, record, adapter) == whole
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{damaged} is left out: ") and said in printed and printed.count("\n") == 1
+
+
+def test_resume_refuses_checkpoints_of_other_settings_or_another_base(folder, adapter):
+    helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
+    kept = checkpoint(folder, 300, training(r=8, seed=1))
+    for other, named in ((training(r=16, seed=1), "r"), (training(r=8, seed=1, base="2"), "model")):
+        with pytest.raises(RecipeError, match=rf"other values of {named}:"):
+            helpers.checkpoint_to_resume(folder, other, adapter)
+    assert helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
+    (folder / "record.json").unlink()
+    with pytest.raises(RecipeError, match="other values of what it was started with"):
+        helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
+
+
+def finish(adapter, record):
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text("weights")
+    helpers.write_record(adapter, record)
+
+
+def test_a_finished_training_is_not_repeated(folder, adapter):
+    record = training(r=8)
+    helpers.checkpoint_to_resume(folder, record, adapter)
+    last = checkpoint(folder, 300, record)
+    finish(adapter, record)
+    assert helpers.checkpoint_to_resume(folder, record, adapter) == last
+    assert helpers.check_files(adapter, finished=True)
+
+
+def test_another_training_after_a_finished_one_starts_anew(folder, adapter):
+    helpers.checkpoint_to_resume(folder, training(r=8), adapter)
+    checkpoint(folder, 300, training(r=8))
+    finish(adapter, training(r=8))
+    assert helpers.checkpoint_to_resume(folder, training(r=16), adapter) is None
+    assert not helpers.read_record(adapter), "the old adapter still counts as finished"
     assert not list(folder.glob("checkpoint-*"))
+
+
+def test_noise_without_padding_is_that_of_a_padded_batch():
+    """NEFTune draws from -alpha to alpha, divided by the root of row length x width: here of the longest text."""
+    config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50, "head_dim": 16}
+    model = Gemma2ForCausalLM(Gemma2Config(**config, num_attention_heads=2, num_key_value_heads=1)).train()
+    embeddings = model.get_input_embeddings()
+    activate_neftune(model, 5)
+    helpers.noise_as_with_padding(model, 5)
+    noise = []
+    clean = embeddings.weight.data * embeddings.embed_scale
+    embeddings.register_forward_hook(lambda _m, ids, out: noise.append((out - clean[ids[0]]).abs().max().item()))
+    for lengths in ([50], [50, 9, 41, 30]):
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        model(torch.randint(0, 50, positions.shape), position_ids=positions)
+        assert noise[-1] == pytest.approx(5 / (50 * 64) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("response", ["富士山です。", "### 回答:\nを含む答え", "🎂"])

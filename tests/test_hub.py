@@ -127,9 +127,11 @@ def test_dataset_goes_up_with_its_card_in_one_commit(hub, tmp_path):
 def test_licence_is_read_from_the_card(hub):
     hub.cards = {"a/free": {"license": "apache-2.0"}, "a/share-alike": {"license": ["cc-by-sa-4.0"]}, "a/none": {}}
     free = call(hub, "print(helpers.data_source('a/free'))")
-    assert free.stdout.strip() == "{'data': 'a/free', 'commit': 'c0ffee', 'licence': 'apache-2.0'}", free.stderr
+    expected = {"name": "a/free", "commit": "c0ffee", "sha256": "", "licence": "apache-2.0", "inputs": {}}
+    assert free.stdout.strip() == str(expected), free.stderr
     for name, licence in {"a/share-alike": "cc-by-sa-4.0", "a/none": "unknown"}.items():
-        stopped = call(hub, f"helpers.data_source({name!r}, 'main')")
+        source = f"helpers.data_source({name!r}, 'main')"
+        stopped = call(hub, f"helpers.check_licences({{'dataset': {source}}})")
         assert f"RecipeError: {name}: the licence {licence} is not on the allowed list" in stopped.stderr
-        allowed = call(hub, f"print(helpers.data_source({name!r}, 'main', {licence!r})['licence'])")
+        allowed = call(hub, f"helpers.check_licences({{'dataset': {source}}}, {licence!r}); print({source}['licence'])")
         assert allowed.stdout.strip() == licence

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import colab_setup
 import helpers
 from helpers import RecipeError
 
@@ -46,23 +47,24 @@ def test_adapter_of_another_base_stops_the_run(tmp_path):
         "target_modules": ["q_proj"],
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    helpers.check_adapter(str(tmp_path), "unsloth/gemma-2-27b-bnb-4bit")
+    adapter = helpers.model_source(str(tmp_path))
+    helpers.check_adapter(adapter, {"name": "unsloth/gemma-2-27b-bnb-4bit"})
     with pytest.raises(RecipeError, match=r"trained on unsloth/gemma-2-27b-bnb-4bit, not on google/gemma-2-27b"):
-        helpers.check_adapter(str(tmp_path), "google/gemma-2-27b")
+        helpers.check_adapter(adapter, {"name": "google/gemma-2-27b"})
 
 
 def test_adapter_of_a_base_that_was_moved(tmp_path):
     """The same files under another name are the same base; other files are not."""
-    config = {"peft_type": "LORA", "base_model_name_or_path": "elsewhere/quantized", "target_modules": ["q_proj"]}
-    for name in ("adapter", "moved", "other"):
+    for name, weights in {"elsewhere": "abc", "moved": "abc", "other": "def", "adapter": "ghi"}.items():
         (tmp_path / name).mkdir()
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
-    helpers.write_json(tmp_path / "adapter/base_provenance.json", {"files": {"model.safetensors": "abc"}})
-    helpers.write_json(tmp_path / "moved/provenance.json", {"files": {"model.safetensors": "abc"}})
-    helpers.write_json(tmp_path / "other/provenance.json", {"files": {"model.safetensors": "def"}})
-    helpers.check_adapter(str(tmp_path / "adapter"), str(tmp_path / "moved"))
-    with pytest.raises(RecipeError, match="trained on elsewhere/quantized"):
-        helpers.check_adapter(str(tmp_path / "adapter"), str(tmp_path / "other"))
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text(weights)
+    base = helpers.model_source(str(tmp_path / "elsewhere"))
+    helpers.write_record(tmp_path / "adapter", helpers.make_record("03_sft", {"model": base}, {}, []))
+    adapter = helpers.model_source(str(tmp_path / "adapter"))
+    helpers.check_adapter(adapter, helpers.model_source(str(tmp_path / "moved")))
+    with pytest.raises(RecipeError, match=r"trained on .*/elsewhere, not on .*/other"):
+        helpers.check_adapter(adapter, helpers.model_source(str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_full_size_model_without_a_gpu(tmp_path):
 )
 def test_only_the_known_notes_are_quiet(name, known, caplog):
     """A note on another attention than ours, such as sdpa, is one that the reader needs."""
-    helpers.quiet_libraries()
+    colab_setup.quiet_libraries()
     other = known.replace("Padding-free", "Packing").replace("examples", "sdpa")
     for text in (known, other):
         logging.getLogger(name).warning(text)

@@ -30,11 +30,13 @@ def test_quantized_model_is_nf4_with_double_quantization(quantized):
     assert quantized[0].model.embed_tokens.weight.dtype == torch.bfloat16
 
 
-def test_provenance_names_the_base_and_every_file(smoke):
-    provenance = json.loads((smoke / "quantized/provenance.json").read_text(encoding="utf-8"))
-    assert provenance["base_model"] == "data/tiny/gemma2"
-    assert provenance["files"] == helpers.hash_folder(smoke / "quantized", skip=["provenance.json"])
-    assert provenance["logit_difference_after_reload"] == 0
+def test_records_lead_back_to_base_and_data_and_name_every_file(smoke):
+    for name in ("quantized", "filtered_magpie.jsonl", "adapter", "output.jsonl"):
+        assert helpers.check_files(smoke / name, finished=True)["files"], name
+    found = helpers.origins(helpers.read_record(smoke / "output.jsonl")["inputs"])
+    assert found["model"]["name"] == "data/tiny/gemma2"
+    assert found["dataset"]["name"] == "data/sample/magpie.jsonl"
+    assert found["qa_data"]["name"] == "data/sample/qa.jsonl"
 
 
 @torch.no_grad()

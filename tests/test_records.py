@@ -1,0 +1,111 @@
+"""Records: what was made from what, by contents; and what a changed, missing or added file leads to."""
+
+import json
+import shutil
+
+import pytest
+
+import helpers
+from helpers import RecipeError
+
+WEIGHTS = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+TOKENS = "c51e455b41df6c017327e16001dd064b8b6733faeaa69b23d9bd79c8079237d5"
+
+
+def source(name="a/b", commit="", sha256="", licence="apache-2.0", **inputs):
+    return {"name": name, "commit": commit, "sha256": sha256, "licence": licence, "inputs": inputs}
+
+
+@pytest.fixture
+def product(tmp_path):
+    """A finished folder of two files and a card."""
+    folder = tmp_path / "product"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights").write_bytes(b"weights")
+    (folder / "sub/tokens").write_bytes(b"tokens")
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("card")
+    helpers.write_record(folder, helpers.make_record("01_quantize", {"model": source()}, {"r": (1, 2)}, ["peft"]))
+    return folder
+
+
+def test_a_record_holds_the_hash_of_every_file_but_the_card(product):
+    record = json.loads((product / "record.json").read_text())
+    assert record["files"].keys() == {"weights", "sub/tokens", "config.json"}
+    assert (record["files"]["weights"], record["files"]["sub/tokens"]) == (WEIGHTS, TOKENS)
+    assert record["settings"] == {"r": [1, 2]} and record["versions"]["peft"]
+    (product / "README.md").write_text("another card")
+    assert helpers.check_files(product) == record
+
+
+def test_the_record_of_a_file_lies_beside_it(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b"weights")
+    assert helpers.check_files(rows) == {}
+    helpers.write_record(rows, helpers.make_record("02_filter_magpie", {}, {}, []))
+    assert (tmp_path / "rows.jsonl.record.json").is_file()
+    assert helpers.check_files(rows)["files"] == {"rows.jsonl": WEIGHTS}
+    rows.write_bytes(b"weights and one row more")
+    with pytest.raises(RecipeError, match=r"rows\.jsonl was changed after notebook 02_filter_magpie wrote it"):
+        helpers.data_source(str(rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "weights").write_bytes(b"weightz"), "weights was changed after notebook 01_quantize"),
+        (lambda folder: (folder / "sub/tokens").unlink(), "sub/tokens is missing"),
+        (lambda folder: (folder / "more").touch(), "more was added"),
+        (lambda folder: (folder / "record.json").write_text('{"inp'), r"record\.json cannot be read"),
+        (lambda folder: (folder / "record.json").unlink(), "has no record, so it was not written to its end"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
+def test_a_product_that_is_not_what_was_written_is_refused(product, change, message):
+    helpers.model_source(str(product), finished=True)
+    change(product)
+    with pytest.raises(RecipeError, match=message) as error:
+        helpers.model_source(str(product), finished=True)
+    assert str(product) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_is_its_contents_wherever_it_lies(product, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(product, moved)
+    here, there = helpers.model_source(str(product)), helpers.model_source(str(moved))
+    assert here["name"] != there["name"] and helpers.identity(here) == helpers.identity(there)
+    assert here["inputs"] == {"model": source()}
+    shutil.rmtree(moved)
+    shutil.copytree(product, moved, ignore=shutil.ignore_patterns("record.json"))  # a folder of the reader's own
+    assert helpers.identity(helpers.model_source(str(moved))) == helpers.identity(here)
+    (moved / "weights").write_bytes(b"other weights")
+    assert helpers.identity(helpers.model_source(str(moved))) != helpers.identity(here)
+
+
+def test_records_differ_in_contents_and_settings_not_in_names():
+    old = helpers.make_record("03_sft", {"model": source("x", sha256="1"), "qa": source("hub/set", "c1")}, {"r": 8}, [])
+    same = helpers.make_record(
+        "03_sft", {"model": source("y", sha256="1"), "qa": source("hub/set", "c1")}, {"r": 8}, []
+    )
+    new = helpers.make_record("03_sft", {"model": source("x", sha256="2"), "qa": source("hub/set", "c2")}, {"a": 1}, [])
+    assert helpers.changed_parts(old, same) == []
+    assert helpers.changed_parts(old, new) == ["a", "model", "qa", "r"]
+
+
+def test_a_folder_that_holds_another_base_is_refused(product, tmp_path):
+    helpers.check_free_folder(tmp_path / "new", source())
+    helpers.check_free_folder(product, source())
+    for other in (source("a/c"), source("a/b", "124")):
+        with pytest.raises(RecipeError, match=r"already holds a/b \(local\), not a/"):
+            helpers.check_free_folder(product, other)
+
+
+def test_origins_are_what_others_published():
+    quantized = source("outputs/q", sha256="1", model=source("google/gemma", "c"))
+    filtered = source("outputs/f.jsonl", sha256="2", dataset=source("owner/set", "d", licence="cc-by-sa-4.0"))
+    inputs = {"model": quantized, "train_data": filtered, "qa_data": source("my.jsonl", licence=helpers.OWN_DATA)}
+    found = {role: published["name"] for role, published in helpers.origins(inputs).items()}
+    assert found == {"model": "google/gemma", "dataset": "owner/set", "qa_data": "my.jsonl"}
+    with pytest.raises(RecipeError, match=r"^owner/set: the licence cc-by-sa-4\.0 is not"):
+        helpers.check_licences(inputs)
+    helpers.check_licences(inputs, "cc-by-sa-4.0")
