@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "notebooks").mkdir()
     for name in NAMES:
         write_notebook(folder, name)
-    for file in ("run.py", "helpers.py"):
+    for file in ("run.py", "run_file.py", "compare.py", "helpers.py"):
         shutil.copy(ROOT / file, folder)
     (folder / "rules.json").write_text("{}")
     (folder / "smoke.yaml").write_text(SMOKE)
@@ -186,7 +186,7 @@ def test_a_killed_kernel_is_named_too(folder: Path) -> None:
     write_notebook(folder, "04_rag_inference", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     result = run(folder, "smoke.yaml")
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "04_rag_inference, cell 3 (id step" in result.stderr and "out of memory?" in result.stderr
+    assert "04_rag_inference, cell 3 (id step" in result.stderr and "the kernel died, probably out of memory" in result.stderr
 
 
 def test_an_interrupted_notebook_runs_again(folder: Path) -> None:
