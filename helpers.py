@@ -1350,28 +1350,25 @@ def near_duplicates(tasks: Sequence[Mapping[str, Any]], questions: Mapping[str, 
 
     `questions` are texts by source. Returns task_id, source, row (from 1) and similarity of the most similar question
     of each source, from a similarity of NEAR_DUPLICATE on: the Jaccard similarity of the sets of 5 characters in a row,
-    after NFKC and without white space. Candidates are found by MinHash (rensa): 128 permutations in 64 bands.
+    after NFKC and without white space.
     """
-    from rensa import RMinHash, RMinHashLSH
 
     def pieces(text: str) -> set[str]:
         text = "".join(unicodedata.normalize("NFKC", text).split())
         return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
 
-    def signature(text: str) -> RMinHash:
-        minhash = RMinHash(num_perm=128, seed=0)
-        minhash.update(list(pieces(text)))
-        return minhash
-
-    index = RMinHashLSH(threshold=NEAR_DUPLICATE, num_perm=128, num_bands=64)
-    for position, task in enumerate(tasks):
-        index.insert(position, signature(task["input"]))
+    wanted = [pieces(task["input"]) for task in tasks]
+    holders = defaultdict(list)  # of each piece: the tasks that hold it
+    for position, task_pieces in enumerate(wanted):
+        for piece in task_pieces:
+            holders[piece].append(position)
     best: dict[tuple[int, str], tuple[float, int]] = {}
     for source, texts in questions.items():
         for row, text in enumerate(texts, start=1):
-            for position in index.query(signature(text)):
-                a, b = pieces(text), pieces(tasks[position]["input"])
-                similarity = len(a & b) / len(a | b)
+            known = pieces(text)
+            common = Counter(position for piece in known & holders.keys() for position in holders[piece])
+            for position, count in common.items():
+                similarity = count / (len(known) + len(wanted[position]) - count)
                 if similarity >= max(NEAR_DUPLICATE, best.get((position, source), (0.0,))[0]):
                     best[position, source] = (similarity, row)
     return [
@@ -1516,7 +1513,7 @@ async def grade_answer(
     task: Mapping[str, Any], answer: str, base_url: str, model: str, key: str, timeout: float, usage: Counter
 ) -> dict[str, Any]:
     """`grade` and `reason`; asks once more if they cannot be read, then ValueError. Adds what it took to `usage`."""
-    messages, asked_again = judge_messages(task, answer), False
+    messages = judge_messages(task, answer)
     async with judge_client(base_url, key, timeout) as client:
         while True:
             usage["requests"] += 1
@@ -1525,10 +1522,10 @@ async def grade_answer(
             try:
                 return parse_grade(text)
             except ValueError as error:
-                if asked_again:
+                if len(messages) > 2:
                     raise
                 again = {"role": "user", "content": AGAIN.format(error)}
-                messages, asked_again = [*messages, {"role": "assistant", "content": text}, again], True
+                messages = [*messages, {"role": "assistant", "content": text}, again]
 
 
 def chat_text(reply: Any, usage: Counter) -> str:
