@@ -33,9 +33,12 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (ValueError, RecursionError):
         report = None
-    if isinstance(report, dict) and (path.name != "run.json" or all("parts" in record for record in report.values())):
+    is_run = path.name == "run.json"
+    records = report.values() if is_run and isinstance(report, dict) else ()
+    if isinstance(report, dict) and all(isinstance(record, dict) and "parts" in record for record in records):
         return report
-    raise RecipeError(f"{path}: damaged or cut short; delete it and run the notebook that writes it again")
+    writer = "run.py, which then runs the notebooks again" if is_run else "the notebook that writes it, again"
+    raise RecipeError(f"{path}: damaged or cut short; delete it and run {writer}")
 
 
 def one_line(value: Any) -> str:
@@ -53,11 +56,20 @@ def report_table(output_dir: Path) -> str:
     """What the notebooks of one run reported, one line each; what is missing is left out."""
     names = ("filter_report.json", "sft_metrics.json", "inference_metrics.json", "run.json")
     rows, loss, tasks, runs = (read_report(output_dir / name) for name in names)
-    lines = {"rows kept": f"{rows['rows_kept']} of {rows['rows_in']}"} if rows else {}
-    lines |= {f"rows dropped, {reason}": count for reason, count in rows.get("reasons", {}).items()}
-    lines |= {"loss, first and last": f"{loss['first_loss']:.3f} {loss['last_loss']:.3f}"} if loss else {}
-    lines |= {"tasks answered": f"{tasks['answered']} of {tasks['tasks']}, {output_dir}/output.jsonl"} if tasks else {}
-    lines |= {f"seconds, {name}": f"{run['seconds']:.0f}" for name, run in runs.items()}
+    lines = {}
+    try:
+        if rows:
+            lines["rows kept"] = f"{rows['rows_kept']} of {rows['rows_in']}"
+            lines |= {f"rows dropped, {reason}": count for reason, count in rows["reasons"].items()}
+        if loss:
+            lines["loss, first and last"] = f"{loss['first_loss']:.3f} {loss['last_loss']:.3f}"
+        if tasks:
+            lines["tasks answered"] = f"{tasks['answered']} of {tasks['tasks']} in {output_dir}/output.jsonl"
+        lines |= {f"seconds, {name}": f"{run['seconds']:.0f}" for name, run in runs.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{output_dir}: a report is not as its notebook writes it ({error!r}); run it again"
+        ) from None
     return pd.Series(lines, dtype=object).to_string() if lines else ""
 
 

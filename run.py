@@ -53,8 +53,8 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
         return f"changed: {', '.join(changed)}" if old else "not finished yet"
     try:
-        finished = not nbformat.read(executed, 4).metadata.papermill.exception
-    except (OSError, ValueError, KeyError, AttributeError):
+        finished = not json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"]
+    except (OSError, ValueError, LookupError, TypeError):
         finished = False
     return "" if finished else f"{executed} is missing or holds an error"
 
