@@ -1215,7 +1215,7 @@ def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, st
 
 # What a score means, and its better direction: 1 higher, -1 lower, 0 neither.
 MEASURES = {
-    "nll": ("negative log-likelihood of the reference, nats a character", -1),
+    "nll": ("negative log-likelihood of the reference, nats per character", -1),
     "judge": ("grade of the judge, 1 to 5", 1),
     "chrf": ("chrF to the reference, 0 to 100", 1),
     "rouge_l": ("ROUGE-L to the reference, 0 to 100", 1),
@@ -1262,7 +1262,7 @@ def has_loop(text: str) -> bool:
 def score_texts(
     tasks: Sequence[Mapping[str, Any]], answers: Sequence[str], cut: Sequence[bool]
 ) -> list[dict[str, Any]]:
-    """What can be measured on the answers' text, a dictionary a task: task_id and names of MEASURES.
+    """What can be measured on the answers' text, one dictionary per task: task_id and names of MEASURES.
 
     chrF is sacrebleu's, on characters; ROUGE-L is the F measure of Google's rouge-score on MeCab's words (fugashi,
     unidic-lite). Both are None for a task without a reference. `cut` says which answers ended for want of room.
@@ -1298,7 +1298,7 @@ def reference_nll(
 ) -> list[float]:
     """Mean negative log-likelihood of each reference given its prompt, in nats per character of the reference.
 
-    It needs no judge and no generation, and tells models apart that score alike. The end of the text is not counted.
+    It needs no judge and no generation, and separates models with similar scores. The end of the text is not counted.
     Texts are sorted by length, and a batch holds as many as come to `batch_tokens`, at least one. They are padded on
     the left, so that the references of a batch end together and the model computes logits for them alone; only one at
     a time is turned into fp32 (256,000 values a token).
@@ -1498,7 +1498,7 @@ def judge_client(base_url: str, key: str, timeout: float) -> Any:
             except TimeoutError:
                 raise OpenAIError("ReadTimeout") from None  # an OpenAIError is not asked again
             finally:
-                if response:
+                if response is not None:
                     await response.aclose()
             wait = retry_after(response.headers.get("retry-after", ""))
             return httpx2.Response(response.status_code, headers={"retry-after": str(wait)}, content=body)
