@@ -52,7 +52,7 @@ def number(text: str) -> object:
     """The number, true or false that `text` means in a run file; `text` itself if it is nothing that YAML can read."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return text
 
 
@@ -61,7 +61,7 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
     defaults = {f"{name}.{key}": value for name, (_, values) in notebooks.items() for key, value in values.items()}
     try:
         run = yaml.load(path.read_text(encoding="utf-8"), RunFile)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: encoding, or a wrong date
         raise RecipeError(f"{path}: cannot be read as YAML in UTF-8: {one_line(error)}") from None
     if not isinstance(run, dict) or "output_dir" not in run:
         raise RecipeError(
