@@ -49,7 +49,7 @@ cpu-real: models/gemma-3-270m/tokenizer.json
 	$(REAL) $(SHOTS) --set output_dir=outputs/cpu-real-base --set adapter=none
 	$(REAL) $(SHOTS) --set output_dir=outputs/cpu-real-shots32 --set k=3 --set query_max_tokens=32
 	$(REAL) $(SHOTS) --set output_dir=outputs/cpu-real-shots --set k=3
-	$(BIN)/python run.py compare outputs/cpu-real-base outputs/cpu-real outputs/cpu-real-shots32 outputs/cpu-real-shots
+	$(BIN)/python compare.py outputs/cpu-real-base outputs/cpu-real outputs/cpu-real-shots32 outputs/cpu-real-shots
 
 models/gemma-3-270m/tokenizer.json: | setup
 	$(BIN)/python -m pip install --quiet gguf==0.19.0

@@ -1,4 +1,4 @@
-"""Comparing runs: paired intervals, the verdict, and the runs that are refused."""
+"""compare.py: paired intervals, the verdict, and the runs that are refused."""
 
 import csv
 import json
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
+from compare import compare_runs, sweep_table, verdict
 from helpers import RecipeError
 
 
@@ -43,7 +44,7 @@ def noise():
 
 
 def compare(tmp_path, *folders):
-    return helpers.compare_runs(folders, tmp_path / "out")
+    return compare_runs(folders, tmp_path / "out")
 
 
 def table(tmp_path):
@@ -93,7 +94,7 @@ def test_noise_is_rarely_called_a_difference_even_with_few_tasks():
     """20 tasks, most of them answered alike: a bootstrap interval alone is wrong in more than one of ten here."""
     random = np.random.default_rng(3)
     samples = np.where(random.random((150, 20)) < 0.65, 0, random.normal(size=(150, 20)))
-    alarms = sum(helpers.verdict(sample.tolist(), 1) != "cannot be told from noise" for sample in samples)
+    alarms = sum(verdict(sample.tolist(), 1) != "cannot be told from noise" for sample in samples)
     assert alarms <= 150 * 0.08
 
 
@@ -110,7 +111,7 @@ def test_noise_is_rarely_called_a_difference_even_with_few_tasks():
     ],
 )
 def test_verdict(differences, direction, expected):
-    assert helpers.verdict(differences, direction) == expected
+    assert verdict(differences, direction) == expected
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40))
@@ -158,6 +159,58 @@ def test_unfinished_runs_are_refused(tmp_path, noise, spoil, message):
         compare(tmp_path, *runs)
 
 
+@pytest.mark.parametrize("name", ["scores.json", "run.json"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"\xff" + content,
+        lambda content: b"[" + content + b"]",
+        lambda content: b"[" * 100_000,
+        lambda content: content.replace(b'"task_id"', b'"number"').replace(b'"parts"', b'"pieces"'),
+        lambda content: content.replace(b'"per_task": [', b'"per_task": [3, ').replace(b'"parts"', b'"pieces"'),
+    ],
+    ids=["cut", "empty", "encoding", "list", "deep", "keys", "types"],
+)
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, noise, name, spoil):
+    runs = [finished_run(tmp_path / run, noise) for run in "ab"]
+    path = runs[1] / name
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(RecipeError, match=f"{path}: .* again") as caught:
+        compare(tmp_path, *runs)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("error:Glyph:UserWarning")
+@pytest.mark.parametrize("name", ["二つ目|の実行", "two\nlines", r"$\frac{a$", "a_b^c $x$"])
+def test_any_name_fits_into_table_and_picture(tmp_path, noise, name):
+    runs = [finished_run(tmp_path / "a", noise, style="2024"), finished_run(tmp_path / name, noise, style="一\n二|三")]
+    text = compare(tmp_path, *runs)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    columns = [line.replace("\\|", "").count("|") for line in rows]
+    assert columns == [4] * 3 + [7] * (2 + 4)
+    assert r"| 04_rag_inference.style | 2024 | 一 二\|三 |" in rows
+    assert table(tmp_path)[str(runs[1]), "chrf", "all"]["verdict"] == "cannot be told from noise"
+
+
+def test_a_run_named_twice_is_refused(tmp_path, noise):
+    run = finished_run(tmp_path / "a", noise)
+    with pytest.raises(RecipeError, match="each named once"):
+        compare(tmp_path, run, f"{tmp_path}/./b/../a")
+
+
+@pytest.mark.parametrize("out", ["file", "/proc/out"])
+def test_an_out_that_cannot_be_written_is_one_line(tmp_path, noise, out):
+    (tmp_path / "file").touch()
+    runs = [str(finished_run(tmp_path / name, noise)) for name in "ab"]
+    command = [sys.executable, str(ROOT / "compare.py"), *runs, "--out", out]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert out in refused.stderr
+
+
 def test_a_run_without_run_json_is_compared_with_unknown_settings(tmp_path, noise):
     runs = [finished_run(tmp_path / "a", noise, k=0), finished_run(tmp_path / "b", noise)]
     (runs[1] / "run.json").unlink()
@@ -167,7 +220,7 @@ def test_a_run_without_run_json_is_compared_with_unknown_settings(tmp_path, nois
 def test_command_line(tmp_path, smoke, noise):
     """Two finished runs are compared; one alone is refused in one line."""
     runs = [str(finished_run(tmp_path / name, noise)) for name in "ab"]
-    command = [sys.executable, "run.py", "compare", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "compare.py", "--out", str(tmp_path / "out")]
     done = subprocess.run([*command, *runs], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "cannot be told from noise" in done.stdout
     refused = subprocess.run([*command, runs[0]], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -183,7 +236,7 @@ def test_sweep_table_shows_what_differs_and_what_was_measured(tmp_path):
         helpers.write_json(tmp_path / f"r{r}/run.json", {"03_sft": {"parts": parts}})
         metrics = {"first_loss": 3.0, "last_loss": loss, "tokens_per_second": 100.0, "peak_gpu_gib": None}
         helpers.write_json(tmp_path / f"r{r}/sft_metrics.json", metrics)
-    header, _, first, second = helpers.sweep_table([tmp_path / "r8", tmp_path / "r16"]).splitlines()
+    header, _, first, second = sweep_table([tmp_path / "r8", tmp_path / "r16"]).splitlines()
     assert header.startswith("| run | 03_sft.r | first loss | last loss |")
     assert first.startswith("| r8 | 8 | 3 | 2.5 | 100 |")
     assert second.startswith("| r16 | 16 | 3 | 2.25 | 100 |")

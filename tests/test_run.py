@@ -11,21 +11,28 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-ROOT = Path(__file__).resolve().parent.parent
+from run_file import OWN_FOLDERS
+
 NAMES = ["01_quantize", "02_filter_magpie", "03_sft", "04_rag_inference"]
 SMOKE = "output_dir: outputs/a\n03_sft:\n  r: 8\n"
+OWN = ["", ".", "outputs/..", "..", "/", "notebooks", "data/runs", "./tests/a", ".git", ".venv/x", "outputs/../Data"]
 # Every notebook appends its name and its parameters to a log, so that order and values can be read back.
 STEP = """
 import json, os, sys
 os.makedirs(output_dir, exist_ok=True)
 with open("log.jsonl", "a") as file:
-    row = {"name": NAME, "r": globals().get("r"), "lr": globals().get("lr"), "exe": sys.executable}
+    names = ("r", "lr", "style", "ban", "output_dir")
+    row = {"name": NAME, "exe": sys.executable} | {name: globals().get(name) for name in names}
     print(json.dumps(row), file=file)
 """
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
-PARAMETERS = {"03_sft": "r = 64  # rank = 64 in 2024\nlr = 1e-4\nname = 'x'\nrules = 'rules.json'"}
+PARAMETERS = {
+    "03_sft": "r = 64  # rank = 64 in 2024\nlr = 1e-4\nname = 'x'\nrules = 'rules.json'",
+    "04_rag_inference": "seed = 1\nstyle = '2024'\nban = True",
+}
 
 
 def write_notebook(folder: Path, name: str, step: str = STEP) -> None:
@@ -46,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "notebooks").mkdir()
     for name in NAMES:
         write_notebook(folder, name)
-    for file in ("run.py", "helpers.py"):
+    for file in ("run.py", "run_file.py", "compare.py", "helpers.py"):
         shutil.copy(ROOT / file, folder)
     (folder / "rules.json").write_text("{}")
     (folder / "smoke.yaml").write_text(SMOKE)
@@ -154,22 +161,104 @@ def test_dry_run_prints_the_differing_values_and_runs_nothing(folder: Path) -> N
         ("output_dir: [\n", [], "smoke.yaml"),
         (SMOKE, ["other.yaml"], "the same output_dir"),
         (SMOKE, ["missing.yaml"], "missing.yaml"),
+        ("", [], "smoke.yaml: a run file holds `output_dir: NAME`"),
+        ("- output_dir\n", [], "smoke.yaml: a run file holds `output_dir: NAME`"),
+        ("outputs/a\n", [], "smoke.yaml: a run file holds `output_dir: NAME`"),
+        ("output_dir: outputs/a\n03_sft: 8\n", [], "smoke.yaml: 03_sft must be a section"),
+        ("output_dir: outputs/a\n03_sft: [r]\n", [], "smoke.yaml: 03_sft must be a section"),
+        ("# 日本語\noutput_dir: outputs/a\n".encode("cp932"), [], "smoke.yaml: cannot be read as YAML in UTF-8"),
+        ("[" * 10_000, [], "smoke.yaml: cannot be read as YAML in UTF-8"),
+        (SMOKE + "04_rag_inference: {}\n03_sft:\n  lr: 2.0e-4\n", [], "'03_sft' is there twice (line 5)"),
+        (SMOKE + "  r: 16\n", [], "'r' is there twice (line 4)"),
+        (SMOKE + "04_rag_inference:\n  style: 2024\n", [], 'put it in quotes, `style: "2024"`'),
+        (SMOKE + "04_rag_inference:\n  style:\n", [], 'put it in quotes, `style: ""`'),
+        (SMOKE + "04_rag_inference:\n  ban: 1\n", [], "04_rag_inference.ban must be bool like True, not 1"),
+        (SMOKE + "  name: 2024-99-99\n", [], "smoke.yaml: cannot be read as YAML in UTF-8"),
+        (SMOKE + "  name: 2024-12-01\n", [], 'put it in quotes, `name: "2024-12-01"`'),
+        (SMOKE, ["--set", "r=2024-99-99"], "03_sft.r must be int like 64, not '2024-99-99'"),
+        (SMOKE, ["--set", "r"], "--set r: want NAME=VALUE"),
+        (SMOKE, ["--set", "r="], "03_sft.r must be int like 64, not None"),
+        (SMOKE, ["--set", "r=["], "03_sft.r must be int like 64, not '['"),
+        (SMOKE, ["--from", "03", "--only", "02"], "--from 03 --only 02 would run nothing"),
+        (SMOKE, ["--set", "output_dir=rules.json"], "rules.json is a file; output_dir must be a folder"),
+        (SMOKE, ["--set", "output_dir=rules.json/a"], "rules.json is a file; output_dir must be a folder"),
+        *((SMOKE, ["--set", f"output_dir={folder}"], "lies over the repository's own files") for folder in OWN),
+        (SMOKE, ["--set", "03_sft.output_dir=."], "lies over the repository's own files"),
+        (SMOKE, ["--set", "output_dir=/proc/a"], "/proc/a"),
     ],
 )
 def test_a_mistake_is_one_clear_line_before_anything_runs(
-    folder: Path, run_file: str, arguments: list[str], message: str
+    folder: Path, run_file: str | bytes, arguments: list[str], message: str
 ) -> None:
-    (folder / "smoke.yaml").write_text(run_file)
+    (folder / "smoke.yaml").write_bytes(run_file if isinstance(run_file, bytes) else run_file.encode())
     (folder / "other.yaml").write_text(SMOKE)
     result = run(folder, "smoke.yaml", *arguments, "--force")
     assert result.returncode == 1 and message in result.stderr
-    assert "Traceback" not in result.stderr and len(log(folder)) == 4
+    assert result.stderr.count("\n") == 1 and len(log(folder)) == 4
+
+
+def test_text_is_taken_as_it_is_and_other_values_as_in_a_run_file(folder: Path) -> None:
+    """What YAML would read as nothing, a number, a comment, a list or a key stays text where the default is text."""
+    sets = {"style": "2024", "03_sft.name": "", "output_dir": "outputs/run #2", "ban": "false", "lr": "2e-4", "r": "16"}
+    ran(folder, "smoke.yaml", *(word for key, value in sets.items() for word in ("--set", f"{key}={value}")))
+    third, fourth = log(folder)[-2:]
+    assert (third["r"], third["lr"], fourth["style"], fourth["ban"]) == (16, 2e-4, "2024", False)
+    assert third["output_dir"] == "outputs/run #2" and (folder / "outputs/run #2/run.json").is_file()
+    for value in ("", "null", "[a]", "a: b", " x", "1e3", "true", "'quoted'", "a=b"):
+        plan = run(folder, "smoke.yaml", "--set", f"style={value}", "--dry-run").stdout
+        assert f"    style={value!r}\n" in plan
+
+
+def test_home_is_expanded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    ran(folder, "smoke.yaml", "--set", "output_dir=~/x")
+    assert (tmp_path / "home/x/run.json").is_file() and not (folder / "~").exists()
+    assert log(folder)[-1]["output_dir"] == str(tmp_path / "home/x")
+
+
+def test_braces_in_output_dir_are_no_parameters(folder: Path) -> None:
+    assert ran(folder, "smoke.yaml", "--set", "output_dir=outputs/{r}") == NAMES
+    assert (folder / "outputs/{r}/notebooks/04_rag_inference.ipynb").is_file()
+
+
+def test_the_repositorys_own_folders_are_known() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    folders = {line.split("/")[0].lower() for line in listed.splitlines() if "/" in line}
+    assert {folder for folder in folders if not folder.startswith(".")} <= set(OWN_FOLDERS)
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"01_quantize": {"pa', "[]", '{"01_quantize": 3}', '{"01_quantize": {}}', "\ufeff{"]
+)
+def test_a_damaged_run_json_is_named_with_what_to_do(folder: Path, content: str) -> None:
+    (folder / "outputs/a/run.json").write_text(content)
+    result = run(folder, "smoke.yaml")
+    assert result.returncode == 1 and len(log(folder)) == 4
+    assert result.stderr.startswith("run.py: outputs/a/run.json: damaged") and result.stderr.count("\n") == 1
+
+
+def test_a_damaged_executed_notebook_runs_again(folder: Path) -> None:
+    path = folder / "outputs/a/notebooks/03_sft.ipynb"
+    for content in (path.read_bytes()[:300], b"", b"[]", b"{}"):
+        path.write_bytes(content)
+        assert ran(folder, "smoke.yaml") == ["03_sft"]
+
+
+def test_a_full_disk_is_one_line(folder: Path) -> None:
+    """A limit on the size of a file stands for it: run.json fits, an executed notebook does not."""
+    command = f"ulimit -f 1; exec {sys.executable} run.py smoke.yaml --force"
+    result = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert "check that the disk has room" in result.stderr.splitlines()[-1]
 
 
 def test_a_sweep_keeps_each_run_in_its_own_directory(folder: Path) -> None:
     (folder / "other.yaml").write_text(SMOKE.replace("outputs/a", "outputs/b"))
     assert ran(folder, "smoke.yaml", "other.yaml") == NAMES
     assert json.loads((folder / "outputs/b/run.json").read_text()).keys() == set(NAMES)
+    table = run(folder, "smoke.yaml", "other.yaml").stdout.splitlines()
+    assert "| a | 5.5 | 4.25 | - | - | - | - |" in table and "| b | - | - | - | - | - | - |" in table
 
 
 def test_the_first_failure_stops_and_names_notebook_cell_and_error(folder: Path) -> None:
@@ -186,7 +275,17 @@ def test_a_killed_kernel_is_named_too(folder: Path) -> None:
     write_notebook(folder, "04_rag_inference", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     result = run(folder, "smoke.yaml")
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "04_rag_inference, cell 3 (id step" in result.stderr and "out of memory?" in result.stderr
+    assert (
+        "04_rag_inference, cell 3 (id step" in result.stderr
+        and "the kernel died, probably out of memory" in result.stderr
+    )
+
+
+def test_a_kernel_that_cannot_start_is_named_too(folder: Path) -> None:
+    (folder / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
+    result = run(folder, "smoke.yaml", "--force")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "01_quantize: the kernel died, probably out of memory" in result.stderr.splitlines()[-1]
 
 
 def test_an_interrupted_notebook_runs_again(folder: Path) -> None:

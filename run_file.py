@@ -1,0 +1,98 @@
+"""What run.py is told: the parameters of the notebooks, the values of a run file and of `--set`, and their mistakes."""
+
+import ast
+import difflib
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from compare import one_line
+from helpers import RecipeError
+
+OWN_FOLDERS = ("benchmarks", "data", "notebooks", "pipelines", "tests")  # and those that begin with a dot
+
+
+class RunFile(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error; the plain loader silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key, _ in node.value if keys.count(key.value) > 1]:
+            raise yaml.YAMLError(f"{twice[1].value!r} is there twice (line {twice[1].start_mark.line + 1}); join them")
+        return super().construct_mapping(node, deep)
+
+
+def read_notebook(path: Path) -> tuple[str, dict]:
+    """The hash of a notebook's code, and what its cell tagged `parameters` assigns (papermill gives only text)."""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    tagged = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(tagged).body if isinstance(n, ast.Assign)}
+    return hashlib.sha256("\n".join(cell.source for cell in cells).encode()).hexdigest(), values
+
+
+def typed(key: str, value: object, default: object) -> object:
+    """`value` if its type fits the default's (YAML reads 2e-4 as text: it becomes the number), else RecipeError."""
+    if isinstance(default, float) and re.fullmatch(r"-?\d+e[+-]?\d+", str(value)):
+        value = float(value)
+    if isinstance(value, str) and value.startswith("~/"):
+        value = os.path.expanduser(value)
+    if type(value) is type(default) or {type(value), type(default)} == {int, float}:
+        return value
+    if isinstance(default, str):
+        quoted = "" if value is None else value
+        raise RecipeError(f'{key} is text, not {value!r}: put it in quotes, `{key.partition(".")[2]}: "{quoted}"`')
+    raise RecipeError(f"{key} must be {type(default).__name__} like {default!r}, not {value!r}")
+
+
+def number(text: str) -> object:
+    """The number, true or false that `text` means in a run file; `text` itself if it is nothing that YAML can read."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]) -> dict:
+    """`NOTEBOOK.PARAMETER: value` for every parameter: default, then run file, then `--set`; RecipeError if unknown."""
+    defaults = {f"{name}.{key}": value for name, (_, values) in notebooks.items() for key, value in values.items()}
+    try:
+        run = yaml.load(path.read_text(encoding="utf-8"), RunFile)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: encoding, or a wrong date
+        raise RecipeError(f"{path}: cannot be read as YAML in UTF-8: {one_line(error)}") from None
+    if not isinstance(run, dict) or "output_dir" not in run:
+        raise RecipeError(
+            f"{path}: a run file holds `output_dir: NAME` and one section per notebook, `03_sft: {{...}}`"
+        )
+    wanted = dict.fromkeys([f"{name}.output_dir" for name in notebooks], run.pop("output_dir"))
+    for name, section in run.items():
+        if not isinstance(section, dict | None):
+            raise RecipeError(f"{path}: {name} must be a section, `{name}: {{PARAMETER: value}}`, not {section!r}")
+        wanted |= {f"{name}.{key}": value for key, value in (section or {}).items()}
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {text}: want NAME=VALUE")
+        for known in [known for known in defaults if key in (known, known.partition(".")[2])] or [key]:
+            wanted[known] = value if isinstance(defaults.get(known, ""), str) else number(value)
+    for key in wanted.keys() - defaults.keys():
+        close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
+        raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
+    values = {key: typed(key, wanted.get(key, default), default) for key, default in defaults.items()}
+    for name in notebooks:
+        check_output_dir(values[f"{name}.output_dir"])
+    return values
+
+
+def check_output_dir(output_dir: str) -> None:
+    """RecipeError if `output_dir` is a file, or lies over the repository's own files."""
+    root, folder = Path.cwd(), Path(output_dir).resolve()
+    first = folder.relative_to(root).parts[0].lower() if root in folder.parents else ""
+    if folder == root or folder in root.parents or first.startswith(".") or first in OWN_FOLDERS:
+        raise RecipeError(f"output_dir {output_dir!r} lies over the repository's own files; take one like outputs/NAME")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise RecipeError(f"output_dir {output_dir!r}: {place} is a file; output_dir must be a folder")
