@@ -1139,7 +1139,7 @@ def token_similarities(
 ) -> tuple[list[str], list[str], np.ndarray]:
     """What `search` sums for the document `index`: its query tokens, document tokens and cosines (query, document).
 
-    The score is the sum of the largest value of each row. Punctuation of a document has no vector: its column is 0.
+    The score is the sum of the largest value of each row.
     """
     model = retriever.model
     query_tokens, embedded = embed_query(retriever, query, query_max_tokens)
@@ -1460,6 +1460,8 @@ def answer_tasks(
         for index, fields in answer_prompts(model, tokenizer, prompts, decoding, clock):
             question = chosen[index]
             row = {"task_id": question.task_id, "key": question.key, **fields, "attempt": attempt}
+            if attempt == 2:
+                row["seconds"] = round(row["seconds"] + rows[question.task_id]["seconds"], 4)
             append_row(log, row)
             rows[question.task_id] = row
             if is_final(row):
@@ -2667,6 +2669,17 @@ def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) 
     return 1
 
 
+@contextmanager
+def slots_in_use(model: Any) -> Iterator[None]:
+    """Give the model back its own attention afterwards: that of the slots cannot read padded batches."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def answer_all(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -2688,31 +2701,33 @@ def answer_all(
     if not prompts:
         return
     slots = min(slots, len(prompts))
+    pad = model.generation_config.pad_token_id or 0
     longest = max(len(prompt) + max_new_tokens(index) for index, prompt in enumerate(prompts))
-    decoder = SlotDecoder(model, slots, longest)
-    history = torch.full((slots, longest), model.generation_config.pad_token_id or 0, device=model.device)
+    history = torch.full((slots, longest), pad, device=model.device)
     tokens = torch.zeros(slots, dtype=torch.long, device=model.device)
     waiting = deque(range(len(prompts)))
     running: dict[int, int] = {}  # slot: index of its prompt
     answers: dict[int, list[int]] = {}
-    while waiting or running:
-        changed = [slot for slot in range(slots) if slot not in running][: len(waiting)]
-        for slot in changed:
-            running[slot] = index = waiting.popleft()
-            answers[index] = []
-            history[slot] = model.generation_config.pad_token_id or 0
-            if penalize_prompt:
-                history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
-            scores = decoder.read_prompt(slot, prompts[index])
-            tokens[slot] = process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
-        if not changed:
-            changed = list(running)
-            tokens = process(history, decoder.decode(tokens).float()).argmax(-1)
-        history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
-        stopped = stop(history, None).tolist()
-        for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
-            index = running[slot]
-            answers[index].append(token)
-            if stopped[slot] or len(answers[index]) >= max_new_tokens(index):
-                del running[slot]
-                yield index, answers.pop(index)
+    with slots_in_use(model):
+        decoder = SlotDecoder(model, slots, longest)
+        while waiting or running:
+            changed = [slot for slot in range(slots) if slot not in running][: len(waiting)]
+            for slot in changed:  # free slots read the next prompts
+                running[slot] = index = waiting.popleft()
+                answers[index] = []
+                history[slot] = pad
+                if penalize_prompt:
+                    history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
+                scores = decoder.read_prompt(slot, prompts[index])
+                tokens[slot] = process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
+            if not changed:  # no slot or no prompt is free: all running answers get one more token
+                changed = list(running)
+                tokens = process(history, decoder.decode(tokens).float()).argmax(-1)
+            history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
+            stopped = stop(history, None).tolist()
+            for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
+                index = running[slot]
+                answers[index].append(token)
+                if stopped[slot] or len(answers[index]) >= max_new_tokens(index):
+                    del running[slot]
+                    yield index, answers.pop(index)
