@@ -1336,6 +1336,8 @@ def answer_in_batches(
     """
     import torch
 
+    if not prompts:
+        return
     pad = model.generation_config.pad_token_id or 0
     model.generation_config.max_length = None  # unsloth sets it, and generate() would tell of two limits each time
     waiting = list(range(len(prompts)))
@@ -1392,6 +1394,13 @@ class Decoding(NamedTuple):
     parallel: int  # answers at the same time
     in_slots: bool  # `answer_all`; otherwise `answer_in_batches`
 
+    def answer(
+        self, model: Any, prompts: Sequence[Sequence[int]], room: Callable[[int], int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(index, new token ids) of `prompts` as the answers finish, the answer to `index` of `room(index)` at most."""
+        generate = answer_all if self.in_slots else answer_in_batches
+        return generate(model, prompts, room, self.parallel, self.process, self.stop, self.penalize_prompt)
+
 
 def answer_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding, clock: Clock
@@ -1403,21 +1412,12 @@ def answer_prompts(
     """
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
-
     clock.share(len(order))
 
     def room(position: int) -> int:
         return max(1, min(clock.limit, decoding.max_seq_length - len(ids[order[position]])))
 
-    answers = (answer_all if decoding.in_slots else answer_in_batches)(
-        model,
-        [ids[index] for index in order],
-        room,
-        decoding.parallel,
-        decoding.process,
-        decoding.stop,
-        decoding.penalize_prompt,
-    )
+    answers = decoding.answer(model, [ids[index] for index in order], room)
     for done, (position, tokens) in enumerate(answers, start=1):
         row = {
             "output": clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)),
@@ -1497,9 +1497,7 @@ def first_tokens(model: Any, tokenizer: Any, prompt: str, decoding: Decoding, co
         )
         return changed
 
-    generate = answer_all if decoding.in_slots else answer_in_batches
-    ids = tokenizer(prompt)["input_ids"]
-    list(generate(model, [ids], lambda _: count, 1, watch, decoding.stop, decoding.penalize_prompt))
+    list(decoding._replace(process=watch).answer(model, [tokenizer(prompt)["input_ids"]], lambda _: count))
     return steps
 
 

@@ -11,6 +11,7 @@ import papermill
 import psutil
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
 
 TRAIN = {"engine": "transformers", "r": 4, "lora_alpha": 4, "optim": "adamw_torch", "qa_data": "data/sample/qa.jsonl"}
 TRAIN |= {"max_seq_length": 64, "max_steps": 30, "warmup_steps": 2, "save_steps": 5, "logging_steps": 1}
@@ -73,6 +74,47 @@ def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
     assert start("04_rag_inference", killed, smoke).wait() == 0
     assert log.read_bytes().split(b"\n")[: len(finished)] == finished
     assert (killed / "output.jsonl").read_bytes() == (whole / "output.jsonl").read_bytes()
+
+
+def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
+    """All cells, all cells again, and the cells from the results on once more: same answers, scores and metrics."""
+    once, again = tmp_path / "once", tmp_path / "again"
+    values = {"batch_size": 4, "ban_words": False}
+    papermill.execute_notebook(
+        ROOT / "notebooks/04_rag_inference.ipynb",
+        None,
+        parameters("04_rag_inference", once, smoke, **values),
+        kernel_name="python3",
+        cwd=ROOT,
+        progress_bar=False,
+    )
+    notebook = nbformat.from_dict(
+        papermill.execute_notebook(
+            ROOT / "notebooks/04_rag_inference.ipynb",
+            None,
+            parameters("04_rag_inference", again, smoke, **values),
+            prepare_only=True,
+        )
+    )
+    results = [cell.id for cell in notebook.cells].index("answer")
+    notebook.cells = [
+        nbformat.v4.new_code_cell(cell.source)
+        for cell in [*notebook.cells, *notebook.cells, *notebook.cells[results:]]
+        if cell.cell_type == "code"
+    ]
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    printed = [output.text for cell in notebook.cells for output in cell.outputs if output.output_type == "stream"]
+    assert [text.strip() for text in printed if "already answered" in text] == [
+        "0 tasks are already answered, 10 to go",
+        "10 tasks are already answered, 0 to go",
+    ]
+    assert (again / "answers.jsonl").read_bytes().count(b"\n") == 10
+    for name in ("output.jsonl", "scores.json"):
+        assert (again / name).read_bytes() == (once / name).read_bytes()
+    metrics, before = (json.loads((path / "inference_metrics.json").read_text()) for path in (again, once))
+    timing = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in metrics.items() if k not in timing} == {k: v for k, v in before.items() if k not in timing}
+    assert metrics["seconds"] > 0  # the time that the answers took, not that of reading the log
 
 
 def run_in_processes(count, name, output_dir, smoke, **values):
