@@ -1320,6 +1320,15 @@ class Clock:
         return 0 < self.budget <= self.seconds
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Any, Any]:
+    """Token ids of different lengths as one tensor (rows, longest), padded on the left, and its mask: 0 for padding."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
 def answer_in_batches(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -1343,9 +1352,8 @@ def answer_in_batches(
     waiting = list(range(len(prompts)))
     while waiting:
         chosen = waiting[:batch_size]
-        width = max(len(prompts[index]) for index in chosen)
-        ids = torch.tensor([[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in chosen])
-        mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen])
+        ids, mask = pad_left([prompts[index] for index in chosen], pad)
+        width = ids.shape[1]
         seen = 0 if penalize_prompt else width
         try:
             with torch.inference_mode():
