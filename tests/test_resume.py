@@ -119,7 +119,7 @@ def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
 
 def run_in_processes(count, name, output_dir, smoke, **values):
     """Run a notebook's code in several processes (gloo), as `accelerate launch` does on GPUs."""
-    output_dir.mkdir(parents=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     prepared = papermill.execute_notebook(
         ROOT / f"notebooks/{name}.ipynb", None, parameters(name, output_dir, smoke, **values), prepare_only=True
     )
@@ -143,6 +143,12 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(smoke, tmp_pat
 
 def test_two_processes_answer_like_one(smoke, tmp_path):
     run_in_processes(1, "04_rag_inference", tmp_path / "one", smoke)
+    # In the other folder lies a finished run with other settings, in one process.
+    (tmp_path / "two").mkdir()
+    old = [json.loads(line) | {"key": "old"} for line in (tmp_path / "one/answers.jsonl").read_bytes().splitlines()]
+    (tmp_path / "two/answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    (tmp_path / "two/output.jsonl").write_text("finished", encoding="utf-8")
     run_in_processes(2, "04_rag_inference", tmp_path / "two", smoke)
+    assert not (tmp_path / "two/answers.jsonl").exists()
     assert len(list((tmp_path / "two").glob("answers.*.jsonl"))) == 2
     assert (tmp_path / "two/output.jsonl").read_bytes() == (tmp_path / "one/output.jsonl").read_bytes()
