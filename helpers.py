@@ -7,6 +7,7 @@
 5. Retrieve and answer   04_rag_inference
 6. Score                 04_rag_inference, compare.py
 7. Load models           what two notebooks share and what has side effects
+8. Slot decoder          04_rag_inference
 
 Everything above section 7 is a pure function of plain values, or reads and writes the files it names.
 Only the standard library and numpy are imported here; heavy packages are imported by the function that needs them.
@@ -391,6 +392,11 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
         files = record.get("files") or hash_files(name)
     sha256 = digest(files) if files else ""
     return {"name": name, "commit": commit, "sha256": sha256, "inputs": record.get("inputs", {})}
+
+
+def rows_source(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The source (see Records) of rows that were read, known by their contents, wherever they came from."""
+    return {"name": name, "commit": "", "sha256": digest(rows), "inputs": {}}
 
 
 def origins(inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -1323,6 +1329,57 @@ def read_tasks(name: str) -> list[dict[str, Any]]:
     return tasks
 
 
+def embed_query(retriever: Any, query: str, query_max_tokens: int) -> tuple[list[str], Any]:
+    """The tokens of a query as ColBERT reads it, and their unit vectors (tokens, width).
+
+    RAGatouille derives the query's length from its number of spaces, so that Japanese, which has none, is cut to
+    32 tokens. Here the length is that of the query, at most `query_max_tokens`; 32 gives RAGatouille's own scores.
+    ColBERT fills a query of fewer than 32 tokens up with [MASK], and these count as well.
+    """
+    model = retriever.model
+    tokenizer = model.inference_ckpt.query_tokenizer
+    tokens = len(tokenizer.tok(query)["input_ids"]) + 1  # colbert inserts its query marker after [CLS]
+    length = max(32, int(len(query.split(" ")) * 1.35), min(tokens, query_max_tokens))
+    tokenizer.query_maxlen = min(length, model.base_model_max_tokens)
+    ((ids, _),) = tokenizer.tensorize([query], bsize=1)
+    return tokenizer.tok.convert_ids_to_tokens(ids[0]), model.inference_ckpt.queryFromText([query], bsize=1)[0]
+
+
+def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[dict[str, Any]]:
+    """The `k` most similar documents, best first, as {"index", "score"}; equal scores keep the order of the documents.
+
+    `score` is ColBERT's MaxSim: the sum over the query's tokens of the best cosine similarity to a document token.
+    At most `query_max_tokens` of the query are read (see `embed_query`).
+    """
+    model = retriever.model
+    _, embedded = embed_query(retriever, query, query_max_tokens)
+    found = model._index_free_search(
+        [embedded[None]],
+        documents=model.in_memory_collection,
+        embedded_docs=model.in_memory_embed_docs,
+        doc_mask=model.doc_masks,
+        k=len(model.in_memory_collection),
+    )
+    found.sort(key=lambda result: (-result["score"], result["result_index"]))
+    return [{"index": result["result_index"], "score": result["score"]} for result in found[:k]]
+
+
+def token_similarities(
+    retriever: Any, query: str, index: int, query_max_tokens: int
+) -> tuple[list[str], list[str], np.ndarray]:
+    """What `search` sums for the document `index`: its query tokens, document tokens and cosines (query, document).
+
+    The score is the sum of the largest value of each row.
+    """
+    model = retriever.model
+    query_tokens, embedded = embed_query(retriever, query, query_max_tokens)
+    tokenizer = model.inference_ckpt.doc_tokenizer
+    ((ids, _),), _ = tokenizer.tensorize([model.in_memory_collection[index]], bsize=1)
+    document = model.in_memory_embed_docs[index][: len(ids[0])]
+    cosines = embedded.float().cpu() @ document.float().cpu().T
+    return query_tokens, tokenizer.tok.convert_ids_to_tokens(ids[0]), cosines.numpy()
+
+
 def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]], style: str = "2024") -> str:
     """The few-shot prompt. `shots` (input, output) come most similar first and are written in inverse order, so that
     the most similar one stands next to the task.
@@ -1369,38 +1426,88 @@ def clean_answer(text: str) -> str:
     return text.split("### 質問", maxsplit=1)[0].strip()
 
 
-def answer_key(settings: Mapping[str, Any], prompt: str) -> str:
-    """A hash of everything that an answer depends on."""
-    return hashlib.sha256(json.dumps([settings, prompt], sort_keys=True).encode()).hexdigest()
+def answer_key(record: Mapping[str, Any], prompt: str) -> str:
+    """A hash of all that an answer depends on: the contents of model and adapter, the record's settings, the prompt."""
+    models = [identity(record["inputs"][role]) for role in ("model", "adapter") if role in record["inputs"]]
+    return digest([models, record["settings"], prompt])
+
+
+# A row of an answer log, besides task_id: the `answer_key`; the text; its length; whether it ended for want of room;
+# the longest that an answer could become just then; seconds since the answer before; 1, or 2 for the second attempt.
+ANSWER_ROW = {"key": str, "output": str, "new_tokens": int, "cut": bool, "limit": int, "seconds": float, "attempt": int}
+
+
+def parse_answer(line: bytes) -> dict[str, Any]:
+    """The row (see ANSWER_ROW) on a line of an answer log; ValueError says what is wrong with the line."""
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written to the submission
+    except (ValueError, RecursionError):
+        raise ValueError("not valid JSON" if line.strip() else "blank") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, not an object")
+    if isinstance(row.get("task_id", []), (list, dict)):
+        raise ValueError("no task_id, or one that is a list or an object")
+    for name, kind in ANSWER_ROW.items():
+        if type(row.get(name)) is not kind:
+            raise ValueError(f"{name} is not of type {kind.__name__}" if name in row else f"no {name}")
+    return row
+
+
+def read_answers(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of an answer log; a line that is none, such as one that was cut off by a kill, is named and left out."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield parse_answer(line)
+            except ValueError as error:
+                print(f"{path}, line {number}: left out ({error}); a task without another answer is answered again")
 
 
 def kept_answers(folder: str | Path, keys: Mapping[Any, str], finished: str | Path) -> dict[Any, dict[str, Any]]:
-    """Answers of an earlier run (`answers*.jsonl` below `folder`), by task_id; `keys` holds each task's `answer_key`.
+    """Answers of an earlier run by task_id, from the logs in `folder`; `keys` holds each task's `answer_key`.
 
-    A line that was cut off by a kill is left out. Answers with other keys are deleted if the run that gave them was
-    finished (the file `finished` exists); if it was interrupted, RecipeError asks what to do with them.
+    The logs are `answers.jsonl` (one process) and `answers.N.jsonl` (several). If they hold answers with other keys and
+    the run that gave them was finished (the file `finished` exists), they are removed; if it was interrupted,
+    RecipeError asks what to do. `finished` is removed when a task is to be answered. With several processes the main
+    one has to come first.
     """
-    kept, other = {}, 0
-    paths = sorted(Path(folder).glob("answers*.jsonl"))
-    for path in paths:
-        whole = [line for line in path.read_bytes().split(b"\n")[:-1] if line]
-        path.write_bytes(b"".join(line + b"\n" for line in whole))
-        for row in map(json.loads, whole):
-            if keys.get(row["task_id"]) == row["key"]:
+    logs = [
+        path for path in sorted(Path(folder).glob("answers*")) if re.fullmatch(r"answers(\.\d+)?\.jsonl", path.name)
+    ]
+    kept: dict[Any, dict[str, Any]] = {}
+    other = []
+    for path in logs:
+        for row in read_answers(path):
+            if keys.get(row["task_id"]) != row["key"]:
+                other.append(path)
+            elif row["attempt"] >= kept.get(row["task_id"], row)["attempt"]:
                 kept[row["task_id"]] = row
-            else:
-                other += 1
     if other and not Path(finished).exists():
         raise RecipeError(
-            f"{folder}/answers.jsonl holds {other} answers of an interrupted run with other settings: set them back to "
-            "go on with it, or choose another output_dir, or delete that file"
+            f"{other[0]} holds {other.count(other[0])} answers of an interrupted run with other settings: set them "
+            "back to go on with it, or choose another output_dir, or delete that file"
         )
     if other:
         kept = {}
-        for path in paths:
+        for path in logs:
             path.unlink()
-    Path(finished).unlink(missing_ok=True)
+    if keys.keys() - kept.keys():
+        Path(finished).unlink(missing_ok=True)
     return kept
+
+
+def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a JSON Lines file, on disk when this returns; a last line that was cut off stays a line apart."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def allowed_new_tokens(limit: int, seconds_left: float, open_tasks: int, mean_tokens: float, rate: float) -> int:
@@ -1412,6 +1519,225 @@ def allowed_new_tokens(limit: int, seconds_left: float, open_tasks: int, mean_to
     if not open_tasks or mean_tokens * open_tasks <= seconds_left * rate:
         return limit
     return min(limit, max(16, int(seconds_left * rate / open_tasks)))
+
+
+class Clock:
+    """What answering has taken so far, and how long an answer may still become: `limit`, in tokens.
+
+    `budget` is in seconds from now on, for all answers; 0 means no limit.
+    """
+
+    def __init__(self, limit: int, budget: float):
+        self.limit, self.budget = limit, budget
+        self.started = time.perf_counter()
+        self.seconds, self.answers, self.tokens = 0.0, 0, 0
+
+    def note(self, tokens: int, open_tasks: int) -> float:
+        """Count an answer of `tokens`, shorten those to come if time is short; the seconds since the one before."""
+        before, self.seconds = self.seconds, time.perf_counter() - self.started
+        self.answers += 1
+        self.tokens += tokens
+        self.share(open_tasks)
+        return self.seconds - before
+
+    def share(self, open_tasks: int) -> None:
+        """Lower `limit` if `open_tasks` more answers are not projected to fit into the time that is left."""
+        if self.budget and self.answers:
+            mean, rate = self.tokens / self.answers, self.tokens / self.seconds
+            self.limit = allowed_new_tokens(self.limit, self.budget - self.seconds, open_tasks, mean, rate)
+
+    def is_up(self) -> bool:
+        """True when the budget is used up."""
+        return 0 < self.budget <= self.seconds
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Any, Any]:
+    """Token ids of different lengths as one tensor (rows, longest), padded on the left, and its mask: 0 for padding."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+def answer_in_batches(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Callable[[int], int],
+    batch_size: int,
+    process: Callable[[Any, Any], Any],
+    stop: Callable[[Any, Any], Any],
+    penalize_prompt: bool = False,
+) -> Iterator[tuple[int, list[int]]]:
+    """Like `answer_all`, with the model's own `generate` and batches padded on the left: the way for unsloth.
+
+    When a batch does not fit into the GPU's memory it is halved, and so are those that follow.
+    Raises RecipeError if a single prompt does not fit.
+    """
+    import torch
+
+    if not prompts:
+        return
+    pad = model.generation_config.pad_token_id or 0
+    model.generation_config.max_length = None  # unsloth sets it, and generate() would tell of two limits each time
+    waiting = list(range(len(prompts)))
+    while waiting:
+        chosen = waiting[:batch_size]
+        ids, mask = pad_left([prompts[index] for index in chosen], pad)
+        width = ids.shape[1]
+        seen = 0 if penalize_prompt else width
+        try:
+            with torch.inference_mode():
+                written = model.generate(
+                    ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    do_sample=False,
+                    max_new_tokens=max(map(max_new_tokens, chosen)),
+                    logits_processor=[lambda ids, scores, seen=seen: process(ids[:, seen:], scores)],
+                    stopping_criteria=[lambda ids, scores, width=width: stop(ids[:, width:], scores)],
+                )[:, width:].tolist()
+        except torch.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise RecipeError(
+                    f"the GPU's memory is too small for a prompt of {width} tokens: lower k or max_seq_length"
+                ) from None
+            torch.cuda.empty_cache()
+            batch_size = len(chosen) // 2
+            continue
+        waiting = waiting[len(chosen) :]
+        for index, tokens in zip(chosen, written, strict=True):
+            # generate() pads the rows that stopped early.
+            while tokens and tokens[-1] == pad:
+                tokens.pop()
+            yield index, tokens[: max_new_tokens(index)]
+
+
+class Question(NamedTuple):
+    """A task as the model is asked it."""
+
+    task_id: Any
+    key: str  # its `answer_key`
+    prompt: str
+    prompt_without_shots: str  # for the second attempt, if the answer to `prompt` is empty
+
+
+class Decoding(NamedTuple):
+    """How a run's answers are decoded, the same for all of them."""
+
+    process: Any  # transformers' LogitsProcessorList: (token ids so far, scores) to scores
+    stop: Any  # transformers' StoppingCriteriaList: (token ids so far, None) to true where an answer ends
+    max_new_tokens: int  # of an answer
+    max_seq_length: int  # of prompt and answer
+    penalize_prompt: bool  # whether "so far" includes the prompt
+    time_budget: float  # seconds for all answers; 0: no limit
+    parallel: int  # answers at the same time
+    in_slots: bool  # `answer_all`; otherwise `answer_in_batches`
+
+    def answer(
+        self, model: Any, prompts: Sequence[Sequence[int]], room: Callable[[int], int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(index, new token ids) of `prompts` as the answers finish, the answer to `index` of `room(index)` at most."""
+        generate = answer_all if self.in_slots else answer_in_batches
+        return generate(model, prompts, room, self.parallel, self.process, self.stop, self.penalize_prompt)
+
+
+def answer_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding, clock: Clock
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (index of the prompt, output, new_tokens, cut, limit and seconds of its row) as the answers finish.
+
+    The longest prompts come first: what does not fit into the memory shows at once, and no long one is left to the
+    end.
+    """
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
+    clock.share(len(order))
+
+    def room(position: int) -> int:
+        return max(1, min(clock.limit, decoding.max_seq_length - len(ids[order[position]])))
+
+    answers = decoding.answer(model, [ids[index] for index in order], room)
+    for done, (position, tokens) in enumerate(answers, start=1):
+        row = {
+            "output": clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)),
+            "new_tokens": len(tokens),
+            "cut": len(tokens) >= room(position),
+            "limit": clock.limit,
+        }
+        row["seconds"] = round(clock.note(len(tokens), open_tasks=len(order) - done), 4)
+        yield order[position], row
+
+
+def answer_tasks(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    kept: Mapping[Any, dict[str, Any]],
+    log: str | Path,
+    decoding: Decoding,
+) -> Iterator[dict[str, Any]]:
+    """Yield one finished answer per question, as a dictionary (task_id and ANSWER_ROW).
+
+    Those in `kept` (see `kept_answers`) come first, the others in the order in which they finish; each is in the file
+    `log` before it is yielded. A question whose answer is empty is asked a second time, without shots; only the second
+    answer is yielded. When the time is short, answers become shorter; when it is used up, the rest is not answered.
+    """
+
+    def is_final(row: Mapping[str, Any]) -> bool:
+        return row["output"] != "" or row["attempt"] == 2
+
+    rows = {question.task_id: kept[question.task_id] for question in questions if question.task_id in kept}
+    yield from filter(is_final, list(rows.values()))
+    clock = Clock(decoding.max_new_tokens, decoding.time_budget)
+    for attempt in (1, 2):
+        if attempt == 1:
+            chosen = [question for question in questions if question.task_id not in rows]
+            prompts = [question.prompt for question in chosen]
+        else:
+            chosen = [question for question in questions if not is_final(rows[question.task_id])]
+            prompts = [question.prompt_without_shots for question in chosen]
+        for index, fields in answer_prompts(model, tokenizer, prompts, decoding, clock):
+            question = chosen[index]
+            row = {"task_id": question.task_id, "key": question.key, **fields, "attempt": attempt}
+            if attempt == 2:
+                row["seconds"] = round(row["seconds"] + rows[question.task_id]["seconds"], 4)
+            append_row(log, row)
+            rows[question.task_id] = row
+            if is_final(row):
+                yield row
+            if clock.is_up() and len(rows) < len(questions):
+                return
+
+
+def first_tokens(model: Any, tokenizer: Any, prompt: str, decoding: Decoding, count: int = 8) -> list[dict[str, Any]]:
+    """The first `count` tokens of the answer to `prompt` and what the rules (`decoding.process`) changed, one row each.
+
+    `chosen` is the token with the highest score, `probability` and `probability before` are those with and without the
+    rules; `first before` is the token that would have been chosen without them, with its probability.
+    """
+    steps = []
+
+    def text(token: int) -> str:
+        decoded = tokenizer.decode([token])
+        return repr(tokenizer.convert_ids_to_tokens(token) if "\ufffd" in decoded else decoded)
+
+    def watch(history: Any, scores: Any) -> Any:
+        changed = decoding.process(history, scores)
+        before, after = scores[0].softmax(-1), changed[0].softmax(-1)
+        chosen, first = int(after.argmax()), int(before.argmax())
+        steps.append(
+            {
+                "chosen": text(chosen),
+                "probability": float(after[chosen]),
+                "probability before": float(before[chosen]),
+                "first before": text(first),
+                "its probability": float(before[first]),
+            }
+        )
+        return changed
+
+    list(decoding._replace(process=watch).answer(model, [tokenizer(prompt)["input_ids"]], lambda _: count))
+    return steps
 
 
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
@@ -2042,6 +2368,107 @@ def load_model(
     return model, tokenizer
 
 
+def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
+    """Upload a folder to a private hub model repository; an interrupted upload goes on where it stopped."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(hub_repo, private=True, exist_ok=True)
+    api.upload_folder(repo_id=hub_repo, folder_path=folder)
+
+
+def push_dataset(files: Mapping[str, str | Path], hub_repo: str, token: str) -> None:
+    """Upload files (name in the repository: local path) to a private hub dataset repository in one commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(hub_repo, repo_type="dataset", private=True, exist_ok=True)
+    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    api.create_commit(hub_repo, operations, commit_message="Filtered rows and card", repo_type="dataset")
+
+
+def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Raise RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
+
+    The same base is the same contents, so that a folder may be moved or pushed; for an adapter without a record it is
+    the name that the adapter's config holds.
+    """
+    base = adapter["inputs"].get("model")
+    if base is None:
+        name = read_config(adapter["name"], adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
+        same = name == model["name"] or Path(name).resolve() == Path(model["name"]).resolve()
+    else:
+        name, same = base["name"], identity(base) == identity(model)
+    if not same:
+        raise RecipeError(
+            f"the adapter {adapter['name']} was trained on {name}, not on {model['name']}: name the same model in both"
+        )
+
+
+def mend_ragatouille() -> None:
+    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; safe to call twice.
+
+    None of the changes alters a score:
+    - ragatouille imports a base class from `langchain.retrievers`, which langchain 1.x no longer has. langchain_core
+      still has the class, so the old path is registered as an alias.
+    - colbert-ai builds its BERT without `post_init()`, which transformers 5 needs in order to load weights.
+    - colbert-ai reads a checkpoint's config with `trust_remote_code=True`; nothing here runs code from a hub.
+    - colbert-ai compiles C++ extensions for its index on disk; searching in memory does not use them.
+    """
+    from langchain_core.documents import BaseDocumentCompressor
+
+    path = "langchain.retrievers.document_compressors.base"
+    for depth in range(path.count(".") + 1):
+        name = ".".join(path.split(".")[: depth + 1])
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules[path].BaseDocumentCompressor = BaseDocumentCompressor
+
+    import colbert.modeling.colbert as modeling
+    from colbert.modeling import base_colbert, hf_colbert
+    from colbert.modeling.tokenization import doc_tokenization, query_tokenization
+    from transformers import AutoConfig
+
+    if getattr(hf_colbert.class_factory, "mended", False):
+        return
+    modeling.ColBERT.loaded_extensions = True
+    hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=lambda name, **_: AutoConfig.from_pretrained(name))
+    original = hf_colbert.class_factory
+
+    def class_factory(name_or_path: str) -> type:
+        class MendedColBERT(original(name_or_path)):
+            def __init__(self, config: Any, colbert_config: Any) -> None:
+                super().__init__(config, colbert_config)
+                self.post_init()
+
+        return MendedColBERT
+
+    class_factory.mended = True
+    for module in (hf_colbert, base_colbert, query_tokenization, doc_tokenization):
+        module.class_factory = class_factory
+
+
+def load_retriever(name: str, documents: list[str]) -> Any:
+    """Load a ColBERT checkpoint with RAGatouille and encode `documents` in memory; returns a RAGPretrainedModel."""
+    find_model(name)
+    # colbert-ai prints that it misses faiss, which only an index on disk needs.
+    with redirect_stdout(io.StringIO()):
+        mend_ragatouille()
+        from ragatouille import RAGPretrainedModel
+
+    retriever = RAGPretrainedModel.from_pretrained(name, index_root=tempfile.gettempdir(), verbose=0)
+    # colbert-ai takes bert-base-uncased for a checkpoint whose kind it cannot read.
+    checkpoint = retriever.model.inference_ckpt
+    if checkpoint.name != (checkpoint.colbert_config.model_name or name):
+        raise RecipeError(f"{name}: colbert-ai cannot read it and would take {checkpoint.name} instead")
+    retriever.encode(documents, verbose=False)
+    return retriever
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 8. Slot decoder
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def slot_attention(
     module: Any,
     query: Any,
@@ -2063,37 +2490,37 @@ def slot_attention(
     """
     import torch
 
-    rows, heads, tokens, width = query.shape
-    key_heads = key.shape[1]
-    cap = softcap or 1.0
-    query = query * (scaling / cap)
-
-    def attend(query: Any, key: Any, value: Any, hidden: Any) -> Any:
-        # Query heads that share a key head stand side by side: (rows, key heads, group, tokens, width).
-        scores = torch.matmul(query.flatten(2, 3), key.transpose(2, 3))
-        if softcap is not None:
-            scores = scores.tanh_().mul_(cap)
-        scores.view(*query.shape[:-1], -1).masked_fill_(hidden, -torch.inf)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-        return torch.matmul(weights, value).view(query.shape)
-
-    query = query.view(rows, key_heads, heads // key_heads, tokens, width)
+    rows, _, tokens, width = query.shape
+    # Query heads that share a key head stand side by side: (rows, key heads, group, tokens, width).
+    query = (query * (scaling / (softcap or 1.0))).view(rows, key.shape[1], -1, tokens, width)
     if attention_mask is not None:
-        result = attend(query, key, value, ~attention_mask[:, :, None])
-    else:
-        result = torch.empty_like(query)
-        for start in range(0, tokens, 512):
-            end = min(start + 512, tokens)
-            first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-            position = torch.arange(start, end, device=query.device)[:, None]
-            column = torch.arange(first, end, device=query.device)
-            hidden = column > position
-            if sliding_window is not None:
-                hidden |= column <= position - sliding_window
-            result[..., start:end, :] = attend(
-                query[..., start:end, :], key[:, :, first:end], value[:, :, first:end], hidden
-            )
+        result = _attend(query, key, value, ~attention_mask[:, :, None], softcap)
+        return result.flatten(1, 2).transpose(1, 2), None
+
+    window = sliding_window or tokens
+    result = torch.empty_like(query)
+    for start in range(0, tokens, 512):
+        end = min(start + 512, tokens)
+        first = max(0, start - window + 1)  # the oldest token that these 512 see
+        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(
+            first, end, device=query.device
+        )
+        hidden = (distance < 0) | (distance >= window)
+        piece = _attend(query[..., start:end, :], key[:, :, first:end], value[:, :, first:end], hidden, softcap)
+        result[..., start:end, :] = piece
     return result.flatten(1, 2).transpose(1, 2), None
+
+
+def _attend(query: Any, key: Any, value: Any, hidden: Any, softcap: float | None) -> Any:
+    """Attention of query (rows, key heads, group, tokens, width), already scaled and divided by `softcap`."""
+    import torch
+
+    scores = torch.matmul(query.flatten(2, 3), key.transpose(2, 3))
+    if softcap is not None:
+        scores = scores.tanh_().mul_(softcap)
+    scores.view(*query.shape[:-1], -1).masked_fill_(hidden, -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights, value).view(query.shape)
 
 
 class SlotCache:
@@ -2236,6 +2663,17 @@ def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) 
     return 1
 
 
+@contextmanager
+def slots_in_use(model: Any) -> Iterator[None]:
+    """Give the model back its own attention afterwards: that of the slots cannot read padded batches."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def answer_all(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -2256,202 +2694,34 @@ def answer_all(
 
     if not prompts:
         return
+    slots = min(slots, len(prompts))
+    pad = model.generation_config.pad_token_id or 0
     longest = max(len(prompt) + max_new_tokens(index) for index, prompt in enumerate(prompts))
-    decoder = SlotDecoder(model, slots, longest)
-    history = torch.full((slots, longest), model.generation_config.pad_token_id or 0, device=model.device)
+    history = torch.full((slots, longest), pad, device=model.device)
     tokens = torch.zeros(slots, dtype=torch.long, device=model.device)
     waiting = deque(range(len(prompts)))
     running: dict[int, int] = {}  # slot: index of its prompt
     answers: dict[int, list[int]] = {}
-    while waiting or running:
-        changed = [slot for slot in range(slots) if slot not in running][: len(waiting)]
-        for slot in changed:
-            running[slot] = index = waiting.popleft()
-            answers[index] = []
-            history[slot] = model.generation_config.pad_token_id or 0
-            if penalize_prompt:
-                history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
-            scores = decoder.read_prompt(slot, prompts[index])
-            tokens[slot] = process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
-        if not changed:
-            changed = list(running)
-            tokens = process(history, decoder.decode(tokens).float()).argmax(-1)
-        history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
-        stopped = stop(history, None).tolist()
-        for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
-            index = running[slot]
-            answers[index].append(token)
-            if stopped[slot] or len(answers[index]) >= max_new_tokens(index):
-                del running[slot]
-                yield index, answers.pop(index)
-
-
-def answer_in_batches(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: Callable[[int], int],
-    batch_size: int,
-    process: Callable[[Any, Any], Any],
-    stop: Callable[[Any, Any], Any],
-    penalize_prompt: bool = False,
-) -> Iterator[tuple[int, list[int]]]:
-    """Like `answer_all`, with the model's own `generate` and batches padded on the left: the way for unsloth.
-
-    When a batch does not fit into the GPU's memory it is halved, and so are those that follow.
-    Raises RecipeError if a single prompt does not fit.
-    """
-    import torch
-
-    pad = model.generation_config.pad_token_id or 0
-    model.generation_config.max_length = None  # unsloth sets it, and generate() would tell of two limits each time
-    waiting = list(range(len(prompts)))
-    while waiting:
-        chosen = waiting[:batch_size]
-        width = max(len(prompts[index]) for index in chosen)
-        ids = torch.tensor([[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in chosen])
-        mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen])
-        seen = 0 if penalize_prompt else width
-        try:
-            with torch.inference_mode():
-                written = model.generate(
-                    ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    do_sample=False,
-                    max_new_tokens=max(map(max_new_tokens, chosen)),
-                    logits_processor=[lambda ids, scores, seen=seen: process(ids[:, seen:], scores)],
-                    stopping_criteria=[lambda ids, scores, width=width: stop(ids[:, width:], scores)],
-                )[:, width:].tolist()
-        except torch.OutOfMemoryError:
-            if len(chosen) == 1:
-                raise RecipeError(
-                    f"the GPU's memory is too small for a prompt of {width} tokens: lower k or max_seq_length"
-                ) from None
-            torch.cuda.empty_cache()
-            batch_size = len(chosen) // 2
-            continue
-        waiting = waiting[len(chosen) :]
-        for index, tokens in zip(chosen, written, strict=True):
-            # generate() pads the rows that stopped early.
-            while tokens and tokens[-1] == pad:
-                tokens.pop()
-            yield index, tokens[: max_new_tokens(index)]
-
-
-def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
-    """Upload a folder to a private hub model repository; an interrupted upload goes on where it stopped."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(hub_repo, private=True, exist_ok=True)
-    api.upload_folder(repo_id=hub_repo, folder_path=folder)
-
-
-def push_dataset(files: Mapping[str, str | Path], hub_repo: str, token: str) -> None:
-    """Upload files (name in the repository: local path) to a private hub dataset repository in one commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(hub_repo, repo_type="dataset", private=True, exist_ok=True)
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    api.create_commit(hub_repo, operations, commit_message="Filtered rows and card", repo_type="dataset")
-
-
-def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
-
-    The same base is the same contents, so that a folder may be moved or pushed; for an adapter without a record it is
-    the name that the adapter's config holds.
-    """
-    base = adapter["inputs"].get("model")
-    if base is None:
-        name = read_config(adapter["name"], adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
-        same = name == model["name"] or Path(name).resolve() == Path(model["name"]).resolve()
-    else:
-        name, same = base["name"], identity(base) == identity(model)
-    if not same:
-        raise RecipeError(
-            f"the adapter {adapter['name']} was trained on {name}, not on {model['name']}: name the same model in both"
-        )
-
-
-def mend_ragatouille() -> None:
-    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; safe to call twice.
-
-    None of the changes alters a score:
-    - ragatouille imports a base class from `langchain.retrievers`, which langchain 1.x no longer has. langchain_core
-      still has the class, so the old path is registered as an alias.
-    - colbert-ai builds its BERT without `post_init()`, which transformers 5 needs in order to load weights.
-    - colbert-ai reads a checkpoint's config with `trust_remote_code=True`; nothing here runs code from a hub.
-    - colbert-ai compiles C++ extensions for its index on disk; searching in memory does not use them.
-    """
-    from langchain_core.documents import BaseDocumentCompressor
-
-    path = "langchain.retrievers.document_compressors.base"
-    for depth in range(path.count(".") + 1):
-        name = ".".join(path.split(".")[: depth + 1])
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules[path].BaseDocumentCompressor = BaseDocumentCompressor
-
-    import colbert.modeling.colbert as modeling
-    from colbert.modeling import base_colbert, hf_colbert
-    from colbert.modeling.tokenization import doc_tokenization, query_tokenization
-    from transformers import AutoConfig
-
-    if getattr(hf_colbert.class_factory, "mended", False):
-        return
-    modeling.ColBERT.loaded_extensions = True
-    hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=lambda name, **_: AutoConfig.from_pretrained(name))
-    original = hf_colbert.class_factory
-
-    def class_factory(name_or_path: str) -> type:
-        class MendedColBERT(original(name_or_path)):
-            def __init__(self, config: Any, colbert_config: Any) -> None:
-                super().__init__(config, colbert_config)
-                self.post_init()
-
-        return MendedColBERT
-
-    class_factory.mended = True
-    for module in (hf_colbert, base_colbert, query_tokenization, doc_tokenization):
-        module.class_factory = class_factory
-
-
-def load_retriever(name: str, documents: list[str]) -> Any:
-    """Load a ColBERT checkpoint with RAGatouille and encode `documents` in memory; returns a RAGPretrainedModel."""
-    find_model(name)
-    # colbert-ai prints that it misses faiss, which only an index on disk needs.
-    with redirect_stdout(io.StringIO()):
-        mend_ragatouille()
-        from ragatouille import RAGPretrainedModel
-
-    retriever = RAGPretrainedModel.from_pretrained(name, index_root=tempfile.gettempdir(), verbose=0)
-    # colbert-ai takes bert-base-uncased for a checkpoint whose kind it cannot read.
-    checkpoint = retriever.model.inference_ckpt
-    if checkpoint.name != (checkpoint.colbert_config.model_name or name):
-        raise RecipeError(f"{name}: colbert-ai cannot read it and would take {checkpoint.name} instead")
-    retriever.encode(documents, verbose=False)
-    return retriever
-
-
-def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[dict[str, Any]]:
-    """The `k` most similar documents, best first, as {"index", "score"}; equal scores keep the order of the documents.
-
-    `score` is ColBERT's MaxSim: the sum over the query's tokens of the best cosine similarity to a document token.
-    RAGatouille derives the query's length from its number of spaces, so that Japanese, which has none, is cut to
-    32 tokens. Here the length is that of the query, at most `query_max_tokens`; 32 gives RAGatouille's own scores.
-    """
-    model = retriever.model
-    tokenizer = model.inference_ckpt.query_tokenizer
-    tokens = len(tokenizer.tok(query)["input_ids"]) + 1  # colbert inserts its query marker after [CLS]
-    length = max(32, int(len(query.split(" ")) * 1.35), min(tokens, query_max_tokens))
-    tokenizer.query_maxlen = min(length, model.base_model_max_tokens)
-    embedded = model.inference_ckpt.queryFromText([query], bsize=1)
-    found = model._index_free_search(
-        [embedded],
-        documents=model.in_memory_collection,
-        embedded_docs=model.in_memory_embed_docs,
-        doc_mask=model.doc_masks,
-        k=len(model.in_memory_collection),
-    )
-    found.sort(key=lambda result: (-result["score"], result["result_index"]))
-    return [{"index": result["result_index"], "score": result["score"]} for result in found[:k]]
+    with slots_in_use(model):
+        decoder = SlotDecoder(model, slots, longest)
+        while waiting or running:
+            changed = [slot for slot in range(slots) if slot not in running][: len(waiting)]
+            for slot in changed:  # free slots read the next prompts
+                running[slot] = index = waiting.popleft()
+                answers[index] = []
+                history[slot] = pad
+                if penalize_prompt:
+                    history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
+                scores = decoder.read_prompt(slot, prompts[index])
+                tokens[slot] = process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
+            if not changed:  # no slot or no prompt is free: all running answers get one more token
+                changed = list(running)
+                tokens = process(history, decoder.decode(tokens).float()).argmax(-1)
+            history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
+            stopped = stop(history, None).tolist()
+            for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
+                index = running[slot]
+                answers[index].append(token)
+                if stopped[slot] or len(answers[index]) >= max_new_tokens(index):
+                    del running[slot]
+                    yield index, answers.pop(index)

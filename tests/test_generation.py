@@ -2,6 +2,7 @@
 
 import json
 import logging
+import types
 
 import pytest
 import torch
@@ -47,15 +48,15 @@ def stop():
     return StoppingCriteriaList([EosTokenCriteria(1)])
 
 
-def one_by_one(model, prompts, process, stop, penalize_prompt):
+def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
     """The loop of 2024: one prompt at a time through generate()."""
     answers = []
-    for prompt, longest in zip(prompts, LONGEST, strict=True):
+    for prompt, limit in zip(prompts, longest, strict=True):
         seen = 0 if penalize_prompt else len(prompt)
         written = model.generate(
             torch.tensor([prompt]),
             do_sample=False,
-            max_new_tokens=longest,
+            max_new_tokens=limit,
             logits_processor=[lambda ids, scores, seen=seen: process(ids[:, seen:], scores)],
             stopping_criteria=stop,
         )
@@ -128,23 +129,76 @@ def test_a_prompt_that_never_fits(model, prompts, process, stop):
         list(helpers.answer_in_batches(NoGpu(model), prompts, LONGEST.__getitem__, 4, process, stop))
 
 
+def answer_row(task_id, key, output, **fields):
+    row = {"task_id": task_id, "key": key, "output": output, "new_tokens": 3, "cut": False}
+    return row | {"limit": 40, "seconds": 0.5, "attempt": 1} | fields
+
+
 def log(folder, name, rows, tail=b""):
-    lines = [json.dumps({"task_id": i, "key": key, "output": output}) for i, key, output in rows]
+    lines = [json.dumps(answer_row(*row)) for row in rows]
     (folder / name).write_bytes("".join(line + "\n" for line in lines).encode() + tail)
 
 
-def test_kept_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
+def test_kept_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path, capsys):
     log(tmp_path, "answers.jsonl", [(1, "a", "x"), (2, "b", "y")], tail=b'{"task_id": 3, "ke')
     log(tmp_path, "answers.1.jsonl", [(4, "d", "z")])
+    before = (tmp_path / "answers.jsonl").read_bytes()
     keys = {1: "a", 2: "b", 3: "c", 4: "d"}
     kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
     assert {task: row["output"] for task, row in kept.items()} == {1: "x", 2: "y", 4: "z"}
-    assert (tmp_path / "answers.jsonl").read_bytes().endswith(b'"y"}\n')
+    assert "answers.jsonl, line 3: left out (not valid JSON)" in capsys.readouterr().out
+    assert (tmp_path / "answers.jsonl").read_bytes() == before  # nothing is rewritten in place
+    helpers.append_row(tmp_path / "answers.jsonl", answer_row(3, "c", "w"))
+    assert (tmp_path / "answers.jsonl").read_bytes().startswith(before + b'\n{"task_id": 3, "key": "c"')
+    assert helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl").keys() == {1, 2, 3, 4}
+
+
+def without(name):
+    return json.dumps({key: value for key, value in answer_row(2, "b", "y").items() if key != name}).encode()
+
+
+BAD_LINES = {
+    "not valid JSON": [
+        b"\x80\x81\xfe\xff",
+        b"\0" * 200,
+        b'"output": "y", "new_tokens": 3}',
+        b"[" * 100_000,
+        json.dumps(answer_row(2, "b", "\ud83d")).encode(),
+    ],
+    "blank": [b"\r", b"", b"  "],
+    "a JSON list, not an object": [b'[2, "b", "y"]'],
+    "a JSON NoneType, not an object": [b"null"],
+    "no key": [without("key")],
+    "no cut": [without("cut")],
+    "no attempt": [without("attempt")],
+    "no task_id, or one that is a list or an object": [
+        without("task_id"),
+        json.dumps(answer_row([2], "b", "y")).encode(),
+    ],
+    "output is not of type str": [json.dumps(answer_row(2, "b", None)).encode()],
+    "cut is not of type bool": [json.dumps(answer_row(2, "b", "y", cut=1)).encode()],
+    "new_tokens is not of type int": [json.dumps(answer_row(2, "b", "y", new_tokens=True)).encode()],
+}
+
+
+@pytest.mark.parametrize(("problem", "line"), [(name, line) for name, found in BAD_LINES.items() for line in found])
+def test_a_bad_line_is_named_and_the_others_are_kept(tmp_path, capsys, problem, line):
+    good = [json.dumps(answer_row(i, key, "x"), ensure_ascii=False).encode() for i, key in ((1, "a"), (3, "c"))]
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b"\n".join([good[0], line, good[1] + b"\r", b""]))  # a line end of Windows is no fault
+    before = path.read_bytes()
+    kept = helpers.kept_answers(tmp_path, {1: "a", 2: "b", 3: "c"}, tmp_path / "output.jsonl")
+    assert kept.keys() == {1, 3}
+    assert capsys.readouterr().out == (
+        f"{path}, line 2: left out ({problem}); a task without another answer is answered again\n"
+    )
+    assert path.read_bytes() == before
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path):
     output = tmp_path / "output.jsonl"
     log(tmp_path, "answers.jsonl", [(1, "a", "x"), (2, "old", "y")])
+    log(tmp_path, "answers-mine.jsonl", [(1, "old", "x")])  # not a log of this series
     with pytest.raises(RecipeError, match="holds 1 answers of an interrupted run with other settings"):
         helpers.kept_answers(tmp_path, {1: "a", 2: "b"}, output)
     assert (tmp_path / "answers.jsonl").exists()
@@ -152,6 +206,202 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path):
     assert helpers.kept_answers(tmp_path, {1: "a", 2: "b"}, output) == {}
     assert not (tmp_path / "answers.jsonl").exists()
     assert not output.exists()
+    assert (tmp_path / "answers-mine.jsonl").exists()
+
+
+def test_a_finished_run_that_is_run_again_keeps_its_output(tmp_path):
+    output = tmp_path / "output.jsonl"
+    output.write_text("finished")
+    log(tmp_path, "answers.jsonl", [(1, "a", "x"), (2, "b", "y")])
+    assert helpers.kept_answers(tmp_path, {1: "a", 2: "b"}, output).keys() == {1, 2}
+    assert output.exists()
+    assert helpers.kept_answers(tmp_path, {1: "a", 2: "b"} | {3: "c"}, output).keys() == {1, 2}
+    assert not output.exists()  # task 3 is open
+
+
+# The generator of notebook 04.
+
+
+@pytest.fixture(scope="module")
+def questions():
+    prompts = [(helpers.build_prompt(task, []), helpers.build_prompt(task, [], "training")) for task in TASKS]
+    return [helpers.Question(i, f"key {i}", *pair) for i, pair in enumerate(prompts)]
+
+
+@pytest.fixture
+def decoding(process, stop):
+    return helpers.Decoding(process, stop, 40, 1024, True, time_budget=0, parallel=3, in_slots=True)
+
+
+def read_log(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("penalize_prompt", [True, False])
+def test_the_generator_answers_like_generate_one_by_one(
+    model, tokenizer, questions, decoding, prompts, tmp_path, penalize_prompt
+):
+    """In slots and in batches, as many at once as there may be: the rows are those of one prompt at a time."""
+    expected = one_by_one(model, prompts, decoding.process, decoding.stop, penalize_prompt, longest=[40] * 6)
+    expected = [helpers.clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in expected]
+    assert all(expected)
+    for in_slots in (True, False):
+        for parallel in (1, 4, 64):
+            setting = decoding._replace(in_slots=in_slots, parallel=parallel, penalize_prompt=penalize_prompt)
+            path = tmp_path / f"{in_slots}-{parallel}" / "answers.jsonl"
+            rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, path, setting))
+            assert {row["task_id"]: row["output"] for row in rows} == dict(enumerate(expected))
+            assert read_log(path) == rows
+            assert all(row["cut"] == (row["new_tokens"] == 40) and row["attempt"] == 1 for row in rows)
+
+
+def test_kept_answers_come_first_and_are_not_written_again(model, tokenizer, questions, decoding, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first = list(helpers.answer_tasks(model, tokenizer, questions[:2], {}, path, decoding))
+    keys = {question.task_id: question.key for question in questions}
+    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+    before = path.read_bytes()
+    rows = list(helpers.answer_tasks(model, tokenizer, questions, kept, path, decoding))
+    assert sorted(rows[:2], key=lambda row: row["task_id"]) == sorted(first, key=lambda row: row["task_id"])
+    assert path.read_bytes().startswith(before)
+    assert {row["task_id"] for row in read_log(path)[2:]} == {2, 3, 4, 5}
+    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+    before = path.read_bytes()
+    again = list(helpers.answer_tasks(None, None, questions, kept, path, decoding))  # the model is not asked
+    assert sorted(again, key=lambda row: row["task_id"]) == sorted(rows, key=lambda row: row["task_id"])
+    assert path.read_bytes() == before
+
+
+def test_an_answer_is_in_the_log_before_it_is_yielded(model, tokenizer, questions, decoding, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    for row in helpers.answer_tasks(model, tokenizer, questions, {}, path, decoding):
+        assert read_log(path)[-1] == row
+
+
+def test_no_room_beside_a_long_prompt(model, tokenizer, questions, decoding, prompts, tmp_path):
+    """Prompt and answer share max_seq_length; a prompt that fills it gets one token."""
+    longest = max(map(len, prompts))
+    setting = decoding._replace(max_seq_length=longest + 5)
+    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+    assert all(row["new_tokens"] <= min(40, longest + 5 - len(prompts[row["task_id"]])) for row in rows)
+    setting = decoding._replace(max_seq_length=10)
+    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.0.jsonl", setting))
+    assert all(row["new_tokens"] == 1 and row["cut"] for row in rows)
+
+
+@pytest.fixture
+def one_second_an_answer(monkeypatch):
+    """The clock of helpers.py moves on by a second whenever it is looked at: once when it starts, once per answer."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr(helpers, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+
+
+@pytest.mark.parametrize("in_slots", [True, False])
+def test_the_clock_shortens_answers(
+    model, tokenizer, questions, decoding, tmp_path, one_second_an_answer, monkeypatch, in_slots
+):
+    setting = decoding._replace(time_budget=5.5, parallel=1, in_slots=in_slots, stop=StoppingCriteriaList())
+    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+    assert [row["seconds"] for row in rows] == [1.0] * 6
+    # After one answer of 40 tokens in 1 s, 4.5 s are left for five: 4.5 * 40 / 5 = 36 tokens each, and so on.
+    assert [row["limit"] for row in rows[:2]] == [40, 36]
+    assert all(row["new_tokens"] == row["limit"] and row["cut"] for row in rows)
+    assert [row["limit"] for row in rows] == sorted((row["limit"] for row in rows), reverse=True)
+
+
+def test_when_the_time_is_used_up_the_rest_is_not_answered(
+    model, tokenizer, questions, decoding, tmp_path, one_second_an_answer
+):
+    setting = decoding._replace(time_budget=2.0, parallel=1)
+    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+    assert len(rows) == len(read_log(tmp_path / "answers.jsonl")) == 2
+
+
+class NothingAfter:
+    """A rule that ends answers at once whose history holds the given token: then the answer is empty."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, history, scores):
+        scores = scores.clone()
+        scores[(history == self.token).any(dim=1), 1] = torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("in_slots", [True, False])
+def test_an_empty_answer_is_asked_again_without_shots(model, tokenizer, questions, decoding, tmp_path, in_slots):
+    (token,) = tokenizer.encode("親切", add_special_tokens=False)  # only in the words of 2024's prompt
+    empty = questions[0]
+    others = [question._replace(prompt=question.prompt_without_shots) for question in questions[1:3]]
+    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(token)]), in_slots=in_slots)
+    path = tmp_path / "answers.jsonl"
+    rows = list(helpers.answer_tasks(model, tokenizer, [empty, *others], {}, path, setting))
+    assert [(row["task_id"], row["attempt"]) for row in rows][-1] == (0, 2)
+    assert all(row["output"] for row in rows)
+    assert len(rows) == 3
+    logged = read_log(path)
+    assert [(row["output"], row["attempt"]) for row in logged if row["task_id"] == 0] == [
+        ("", 1),
+        (rows[-1]["output"], 2),
+    ]
+    # Killed before the second attempt, it is made by the next run; after it, it is not made again.
+    keys = {question.task_id: question.key for question in [empty, *others]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in logged[:-1]), encoding="utf-8")
+    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+    again = list(helpers.answer_tasks(model, tokenizer, [empty, *others], kept, path, setting))
+    assert without_seconds(again[-1:]) == without_seconds(rows[-1:])
+    assert len(read_log(path)) == 4
+    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+    assert len(list(helpers.answer_tasks(None, None, [empty, *others], kept, path, setting))) == 3
+
+
+def test_a_second_attempt_that_is_empty_too_ends_it(model, tokenizer, questions, decoding, tmp_path):
+    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(2)]))  # <bos>: every prompt
+    path = tmp_path / "answers.jsonl"
+    rows = list(helpers.answer_tasks(model, tokenizer, questions[:2], {}, path, setting))
+    assert [(row["output"], row["attempt"]) for row in rows] == [("", 2), ("", 2)]
+    kept = {row["task_id"]: row for row in rows}
+    again = list(helpers.answer_tasks(None, None, questions[:2], kept, path, setting))
+    assert sorted(again, key=lambda row: row["task_id"]) == sorted(rows, key=lambda row: row["task_id"])
+
+
+def test_a_process_touches_only_its_own_log(model, tokenizer, questions, decoding, tmp_path):
+    """Two processes, each with its share, empty answers among them, and a log of an earlier run in one process."""
+    log(tmp_path, "answers.jsonl", [(5, "key 5", "from before")], tail=b"half a li")
+    one, two = tmp_path / "answers.0.jsonl", tmp_path / "answers.1.jsonl"
+    keys = {question.task_id: question.key for question in questions}
+    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(2)]))
+    finished = {}
+    for path, share in ((one, questions[0::2]), (two, questions[1::2])):
+        kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+        before = {other: other.read_bytes() for other in tmp_path.iterdir() if other != path}
+        finished |= {row["task_id"]: row for row in helpers.answer_tasks(model, tokenizer, share, kept, path, setting)}
+        assert {other: other.read_bytes() for other in tmp_path.iterdir() if other != path} == before
+    assert len(read_log(one)) == 6  # three tasks, each asked twice
+    assert {row["task_id"] for row in read_log(two)} == {1, 3}
+    assert helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl") == finished
+    assert finished[5]["output"] == "from before"
+
+
+@pytest.mark.parametrize("in_slots", [True, False])
+def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decoding, prompts, tmp_path, in_slots):
+    setting = decoding._replace(in_slots=in_slots)
+    steps = helpers.first_tokens(model, tokenizer, questions[0].prompt, setting, count=6)
+    tokens = one_by_one(model, prompts, decoding.process, decoding.stop, True)[0][:6]
+    assert [step["chosen"] for step in steps] == [
+        repr(text if "\ufffd" not in (text := tokenizer.decode([token])) else tokenizer.convert_ids_to_tokens(token))
+        for token in tokens
+    ]
+    with torch.no_grad():
+        before = model(torch.tensor([prompts[0]])).logits[0, -1].softmax(-1)
+    assert steps[0]["probability before"] == pytest.approx(float(before[tokens[0]]), rel=1e-4)
+    assert steps[0]["its probability"] == pytest.approx(float(before.max()), rel=1e-4)
+    assert all(0 < step["probability"] <= 1 for step in steps)
 
 
 @given(st.integers(1, 4096), st.floats(0, 1e4), st.integers(0, 200), st.floats(1, 1000), st.floats(0.1, 1e4))
@@ -165,6 +415,11 @@ def test_clock_never_raises_the_limit_and_shares_the_time(limit, left, open_task
 
 
 def test_answer_key_depends_on_everything():
-    key = helpers.answer_key({"a": 1}, "x")
-    assert key == helpers.answer_key({"a": 1}, "x")
-    assert len({key, helpers.answer_key({"a": 2}, "x"), helpers.answer_key({"a": 1}, "y")}) == 3
+    def key(model="1", adapter="2", penalty=1.1, prompt="x", name="here"):
+        sources = {"model": model, "adapter": adapter, "tasks": "3"}
+        inputs = {role: {"name": name, "commit": "", "sha256": sha, "inputs": {}} for role, sha in sources.items()}
+        return helpers.answer_key(helpers.make_record("04", inputs, {"penalty": penalty}, ["torch"]), prompt)
+
+    assert key() == key(name="moved")
+    changed = [key(model="9"), key(adapter="9"), key(penalty=1.2), key(prompt="y")]
+    assert len({key(), *changed}) == 5

@@ -46,6 +46,21 @@ def test_scores_are_those_of_plain_maxsim(retriever, query):
     assert [result["score"] for result in found] == sorted((result["score"] for result in found), reverse=True)
 
 
+@pytest.mark.parametrize(
+    "query", ["健康のために歩く習慣をつけるにはどうすればよいですか。", DOCUMENTS[3], DOCUMENTS[5] * 3]
+)
+def test_the_largest_similarity_of_each_token_sums_up_to_the_score(retriever, query):
+    for result in helpers.search(retriever, query, k=3, query_max_tokens=512):
+        tokens, document_tokens, cosines = helpers.token_similarities(retriever, query, result["index"], 512)
+        assert cosines.shape == (len(tokens), len(document_tokens))
+        assert abs(cosines).max() < 1.001
+        assert cosines.max(axis=1).sum() == pytest.approx(result["score"], rel=1e-4)
+        text = "".join(document_tokens).replace("##", "")
+        assert text.startswith("[CLS][unused1]")
+        assert text.endswith("[SEP]")
+        assert text.count("習慣") == DOCUMENTS[result["index"]].count("習慣")
+
+
 def test_32_tokens_give_ragatouilles_own_scores(retriever):
     query = "来月、家族四人で京都へ二泊三日の旅行に行きます。" * 4
     own = retriever.search_encoded_docs(query=query, k=5)
