@@ -2168,20 +2168,56 @@ def judge_answers(
 ENGINES = ("unsloth", "transformers")
 
 
-def place_outputs(output_dir: str, drive_dir: str) -> str:
+def place_outputs(output_dir: str, drive_dir: str, stage: str) -> str:
     """The folder to write to: `output_dir`, on Colab below `drive_dir` in the reader's Google Drive, which is mounted.
 
-    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing.
+    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing. The folder
+    is locked for the notebook `stage` until the process ends; RecipeError says who holds the lock.
     """
+    output_dir = os.path.expanduser(output_dir)
     try:
         from google.colab import drive
     except ImportError:
-        return output_dir
-    if not drive_dir:
-        print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
-        return output_dir
-    drive.mount("/content/drive")
-    return str(Path("/content/drive/MyDrive", drive_dir, output_dir))
+        pass
+    else:
+        if drive_dir:
+            drive.mount("/content/drive")
+            output_dir = str(Path("/content/drive/MyDrive", drive_dir, output_dir))
+        else:
+            print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
+    if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate) the first one locks for all
+        lock_folder(output_dir, stage)
+    return output_dir
+
+
+_locks: dict[Path, Any] = {}  # held until the process ends
+
+
+def lock_folder(folder: str | Path, stage: str) -> None:
+    """Lock `folder` for `stage` until this process ends; RecipeError if another process holds that lock.
+
+    The system gives the lock back when a process is killed; where a file system has none, nothing is locked.
+    """
+    import socket
+
+    from filelock import FileLock, Timeout
+
+    path = Path(folder, f".{stage}.lock").resolve()
+    if path in _locks:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(path), path.with_suffix(".holder")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
+    except (NotImplementedError, OSError):
+        return
+    _locks[path] = lock
+    holder.write_text(
+        f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}", encoding="utf-8"
+    )
 
 
 def find_gpu() -> dict[str, Any] | None:
@@ -2326,9 +2362,10 @@ def load_model(
         raise RecipeError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
     find_model(name, revision)
     if engine == "unsloth":
-        # unsloth patches the libraries at import, so it comes before them; no usage statistics, cache out of the way.
+        # unsloth patches the libraries at import, so it comes before them; no usage statistics.
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
+        # The code that it generates goes into a folder of the user's own: others could write into a shared one.
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled_cache"))
         # unsloth 2026.10.9 compiles each block; on torch 2.11, which Colab has, the compiler fails at that with an
         # AssertionError in the first training step.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

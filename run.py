@@ -1,12 +1,12 @@
 """Run the notebooks in order with papermill: `python run.py data/runs/smoke.yaml`.
 
 A run file holds `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
-What is finished (<output_dir>/run.json) is skipped until its code, helpers.py, a parameter, a file that a parameter
-names or the notebook before it changes. Executed notebooks are kept in <output_dir>/notebooks/.
+What is finished (<output_dir>/run.json) is skipped while all it depends on is the same by contents: code, helpers.py,
+parameters, files and folders that they name, what the notebooks before it wrote; and while what it wrote is there,
+unchanged. Executed notebooks are kept in <output_dir>/notebooks/.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -16,7 +16,7 @@ import nbformat
 import papermill
 
 from compare import one_line, read_report, report_table, sweep_table
-from helpers import RecipeError, sha256_file, write_json
+from helpers import RecipeError, digest, find_change, hash_files, read_record, sha256_file, write_json
 from run_file import read_notebook, read_run
 
 
@@ -47,11 +47,34 @@ def failed_cell(source: Path, executed: Path) -> str:
     return f", cell {number} (id {cell.id}, `{cell.source.splitlines()[0]}`)"
 
 
+def products(output_dir: Path) -> dict[str, dict]:
+    """The record of everything finished below `output_dir`, by path; see Records in helpers.py."""
+    names = [*output_dir.glob("*/record.json"), *output_dir.glob("*.record.json")]
+    found = {path.parent if path.name == "record.json" else Path(str(path)[: -len(".record.json")]) for path in names}
+    records = {}
+    for path in sorted(found):
+        try:
+            records[path.name] = read_record(path)
+        except RecipeError as error:  # its notebook runs again and writes a new one
+            print(error)
+    return {name: record for name, record in records.items() if "files" in record}
+
+
+def contents(value: object) -> str:
+    """What a parameter names, if it is a file or folder: a hash that changes with it; else ""."""
+    if not os.path.exists(str(value)):
+        return ""
+    return digest(read_record(value).get("files") or hash_files(value))
+
+
 def why_run(record: dict, parts: dict, executed: Path) -> str:
     """Why a notebook has to run; "" if it is finished."""
     old = record.get("parts", {})
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
         return f"changed: {', '.join(changed)}" if old else "not finished yet"
+    for name, files in record.get("products", {}).items():
+        if change := find_change(executed.parent.parent / name, {"files": files}):
+            return f"{name}: {change}"
     try:
         finished = not json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -69,9 +92,11 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
             fingerprint = records.get(name, {}).get("fingerprint", "")
             continue
         parameters = {key: chosen[f"{name}.{key}"] for key in defaults}
-        parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint} | parameters
-        parts |= {f"text of {v}": sha256_file(v) for v in parameters.values() if os.path.isfile(str(v))}
-        fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        before = {key: digest(r["files"]) for key, r in products(output_dir).items() if r["stage"] < name}
+        parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint}
+        parts |= parameters | before
+        parts |= {f"contents of {v}": contents(v) for k, v in parameters.items() if k != "output_dir" and contents(v)}
+        fingerprint = digest(parts)
         executed = output_dir / "notebooks" / f"{name}.ipynb"
         why = "--force" if args.force else why_run(records.get(name, {}), parts, executed)
         print(f"{name}: {f'run, {why}' if why else 'finished, skipped'}", flush=True)
@@ -80,7 +105,8 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
         elif why:
             write_json(run_json, {k: v for k, v in records.items() if k != name})  # if interrupted, it is not finished
             seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
-            records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts}
+            made = {key: r["files"] for key, r in products(output_dir).items() if r["stage"] == name}
+            records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts, "products": made}
             write_json(run_json, records)
     print("" if args.dry_run else report_table(output_dir))
 

@@ -33,7 +33,7 @@ def finished_run(folder, chrf, tasks=None, copies=(), **settings):
         "per_task": scored,
     }
     helpers.write_json(folder / "scores.json", scores)
-    parts = {"code": "a" * 64, "helpers.py": "b" * 64, "notebook before": "", "output_dir": str(folder), **settings}
+    parts = {"code": "a" * 64, "helpers.py": "b" * 64, "output_dir": str(folder), **settings}
     helpers.write_json(folder / "run.json", {"04_rag_inference": {"parts": parts}})
     return folder
 

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import helpers
 from helpers import RecipeError
@@ -109,3 +112,22 @@ def test_origins_are_what_others_published():
     with pytest.raises(RecipeError, match=r"^owner/set: the licence cc-by-sa-4\.0 is not"):
         helpers.check_licences(inputs)
     helpers.check_licences(inputs, "cc-by-sa-4.0")
+
+
+HOLD = """
+import sys, time; sys.path.insert(0, sys.argv[1])
+import helpers
+helpers.lock_folder(sys.argv[2], "03_sft")
+print("locked", flush=True); time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_folder_says_who_holds_it(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, ROOT, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(RecipeError, match=rf"is in use: process {holder.pid} on .* since 20.* runs 03_sft; wait"):
+            helpers.lock_folder(tmp_path, "03_sft")
+        helpers.lock_folder(tmp_path, "02_filter_magpie")  # another notebook may run at the same time
+        holder.kill()  # as by kill -9: the lock is free again
+    helpers.lock_folder(tmp_path, "03_sft")
+    helpers.lock_folder(tmp_path, "03_sft")  # the cell may run twice

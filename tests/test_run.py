@@ -121,7 +121,7 @@ def test_changed_helpers_and_a_changed_named_file_rerun(folder: Path) -> None:
     plan = run(folder, "smoke.yaml", "--dry-run").stdout
     assert plan.count("finished, skipped") == 4
     (folder / "rules.json").write_text('{"ng": []}')
-    assert "03_sft: run, changed: text of rules.json" in run(folder, "smoke.yaml", "--dry-run").stdout
+    assert "03_sft: run, changed: contents of rules.json" in run(folder, "smoke.yaml", "--dry-run").stdout
     with (folder / "helpers.py").open("a") as file:
         file.write("\n# changed\n")
     assert "01_quantize: run, changed: helpers.py" in run(folder, "smoke.yaml", "--dry-run").stdout
@@ -140,6 +140,38 @@ def test_only_does_not_hide_that_an_earlier_notebook_ran_anew(folder: Path) -> N
     assert ran(folder, "smoke.yaml", "--set", "02_filter_magpie.seed=7", "--only", "03") == []
     assert ran(folder, "smoke.yaml", "--set", "02_filter_magpie.seed=7", "--only", "02") == ["02_filter_magpie"]
     assert ran(folder, "smoke.yaml", "--set", "02_filter_magpie.seed=7", "--from", "03") == NAMES[2:]
+
+
+WRITE = (
+    STEP
+    + """
+import helpers
+from pathlib import Path
+product = Path(output_dir) / "adapter"
+product.mkdir(exist_ok=True)
+(product / "weights").write_text("made by " + NAME)
+(product / "config").write_text("{}")
+helpers.write_record(product, helpers.make_record(NAME, {}, {}, []))
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda adapter: (adapter / "weights").write_text("other"), "run, adapter: weights was changed"),
+        (lambda adapter: (adapter / "config").unlink(), "run, adapter: config is missing"),
+        (shutil.rmtree, "run, adapter: config is missing"),
+    ],
+)
+def test_a_product_that_was_changed_or_deleted_is_made_again(folder: Path, change, why: str) -> None:
+    write_notebook(folder, "03_sft", WRITE)
+    assert run(folder, "smoke.yaml").returncode == 0
+    assert set(run(folder, "smoke.yaml").stdout.split("\n")[:4]) == {f"{name}: finished, skipped" for name in NAMES}
+    change(folder / "outputs/a/adapter")
+    again = run(folder, "smoke.yaml").stdout
+    assert f"03_sft: {why}" in again
+    assert "04_rag_inference: finished, skipped" in again  # what 03 wrote is what 04 has read
 
 
 def test_dry_run_prints_the_differing_values_and_runs_nothing(folder: Path) -> None:
