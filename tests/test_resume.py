@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
+FILTER = {"dataset": "data/sample/magpie.jsonl", "dataset_revision": ""}
 TRAIN = {"engine": "transformers", "r": 4, "lora_alpha": 4, "qa_data": "data/sample/qa.jsonl"}
 TRAIN |= {"max_seq_length": 64, "max_steps": 30, "warmup_steps": 2, "save_steps": 5, "logging_steps": 1}
 TRAIN |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "wandb_project": ""}
@@ -24,7 +26,8 @@ ANSWER |= {"model": "data/tiny/gemma2", "adapter": "none", "batch_size": 1}
 
 def parameters(name, output_dir, smoke, **values):
     trained = {"model": str(smoke / "quantized"), "train_data": str(smoke / "filtered_magpie.jsonl")}
-    return {"output_dir": str(output_dir)} | (TRAIN | trained if name == "03_sft" else ANSWER) | values
+    own = {"02_filter_magpie": FILTER, "03_sft": TRAIN | trained, "04_rag_inference": ANSWER}
+    return {"output_dir": str(output_dir)} | own[name] | values
 
 
 def start(name, output_dir, smoke):
@@ -115,6 +118,56 @@ def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
     timing = ("seconds", "tokens_per_second")
     assert {k: v for k, v in metrics.items() if k not in timing} == {k: v for k, v in before.items() if k not in timing}
     assert metrics["seconds"] > 0  # the time that the answers took, not that of reading the log
+
+
+# Runs the cells of a notebook again and again in one folder, killed after its first cell, after its second and so on,
+# and at last to the end; before that once undisturbed in another folder. Forked from one process that has imported what
+# takes long, so that a start costs little.
+KILLS = """
+import json, os, sys
+import peft, torch, transformers, trl
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
+
+cells, whole, killed = json.load(open(sys.argv[1])), *sys.argv[2:4]
+torch.set_num_threads(1)
+for folder, last in [(whole, None), *((killed, number) for number in range(len(cells))), (killed, None)]:
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        scope = {"__name__": "__main__"}
+        for number, (name, code) in enumerate(cells):
+            exec(compile(code.replace("FOLDER", folder), f"<{name}>", "exec"), scope)
+            if number == last:
+                os._exit(9)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (0 if last is None else 9), f"{status} when killed after {last}"
+"""
+MADE = {
+    "02_filter_magpie": ("filtered_magpie.jsonl", "dropped_magpie.jsonl", "filtered_magpie.jsonl.record.json"),
+    "03_sft": ("adapter/adapter_model.safetensors", "adapter/README.md", "adapter/record.json"),
+    "04_rag_inference": ("output.jsonl", "output.jsonl.record.json", "scores.json"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_killed_after_every_cell_it_ends_the_same(smoke, tmp_path, name):
+    prepared = papermill.execute_notebook(
+        ROOT / f"notebooks/{name}.ipynb", None, parameters(name, Path("FOLDER"), smoke), prepare_only=True
+    )
+    code = [(cell.get("id"), cell.source) for cell in nbformat.from_dict(prepared).cells if cell.cell_type == "code"]
+    (tmp_path / "cells.json").write_text(json.dumps(code), encoding="utf-8")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", KILLS, tmp_path / "cells.json", whole, killed]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for file in MADE[name]:
+        # The two runs lie in two folders, and that is all they may differ in.
+        texts = [(folder / file).read_bytes().replace(str(folder).encode(), b"") for folder in (whole, killed)]
+        assert texts[0] == texts[1], file
+    if name == "03_sft":
+        assert losses(killed) == losses(whole)
 
 
 def run_in_processes(count, name, output_dir, smoke, **values):
