@@ -10,6 +10,8 @@ import yaml
 from conftest import ROOT
 from papermill.exceptions import PapermillExecutionError
 
+import helpers
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUN_FILES = sorted((ROOT / "data" / "runs").rglob("*.yaml"))
 
@@ -136,6 +138,29 @@ def test_other_values_reach_training_and_inference(smoke, tmp_path, engine):
     metrics = json.loads((tmp_path / "inference_metrics.json").read_text())
     assert set(metrics["shots"].values()) == {1}
     assert metrics["answered"] == metrics["tasks"] == 10
+
+
+def test_answers_are_those_of_the_adapter_that_lies_there(smoke, tmp_path):
+    """Trained again with other settings in the same folder, notebook 04 must not hand out the old answers."""
+    model = str(smoke / "quantized")
+    data = {"model": model, "train_data": str(smoke / "filtered_magpie.jsonl")}
+    answers = []
+    for steps in (2, 20):
+        execute("03_sft", tmp_path, max_steps=steps, **data)
+        execute("04_rag_inference", tmp_path, model=model)
+        record = helpers.check_files(tmp_path / "output.jsonl", finished=True)
+        adapter = helpers.model_source(str(tmp_path / "adapter"), finished=True)
+        assert record["inputs"]["adapter"]["sha256"] == adapter["sha256"]
+        answers.append((tmp_path / "output.jsonl").read_bytes())
+    assert answers[0] != answers[1]
+
+    # Interrupted with answers of this adapter, trained anew, started again: refused, and the answers are not touched.
+    (tmp_path / "output.jsonl").unlink()
+    log = (tmp_path / "answers.jsonl").read_bytes()
+    execute("03_sft", tmp_path, max_steps=3, **data)
+    with pytest.raises(PapermillExecutionError, match="answers of an interrupted run with other settings"):
+        execute("04_rag_inference", tmp_path, model=model)
+    assert (tmp_path / "answers.jsonl").read_bytes() == log
 
 
 @pytest.mark.parametrize(
