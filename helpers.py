@@ -1364,22 +1364,6 @@ def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[di
     return [{"index": result["result_index"], "score": result["score"]} for result in found[:k]]
 
 
-def token_similarities(
-    retriever: Any, query: str, index: int, query_max_tokens: int
-) -> tuple[list[str], list[str], np.ndarray]:
-    """What `search` sums for the document `index`: its query tokens, document tokens and cosines (query, document).
-
-    The score is the sum of the largest value of each row.
-    """
-    model = retriever.model
-    query_tokens, embedded = embed_query(retriever, query, query_max_tokens)
-    tokenizer = model.inference_ckpt.doc_tokenizer
-    ((ids, _),), _ = tokenizer.tensorize([model.in_memory_collection[index]], bsize=1)
-    document = model.in_memory_embed_docs[index][: len(ids[0])]
-    cosines = embedded.float().cpu() @ document.float().cpu().T
-    return query_tokens, tokenizer.tok.convert_ids_to_tokens(ids[0]), cosines.numpy()
-
-
 def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]], style: str = "2024") -> str:
     """The few-shot prompt. `shots` (input, output) come most similar first and are written in inverse order, so that
     the most similar one stands next to the task.
@@ -1410,15 +1394,6 @@ def fit_shots(
         if count_tokens(prompt) <= budget:
             return prompt, number
     return build_prompt(task_input, (), style), 0
-
-
-def banned_token_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """Token sequences for `bad_words_ids`; `encode` must not add special tokens.
-
-    transformers forbids the last token of a sequence after the ones before it, so "---" is forbidden only as it is
-    tokenized alone.
-    """
-    return [encode(word) for word in words]
 
 
 def clean_answer(text: str) -> str:
@@ -1510,66 +1485,60 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def allowed_new_tokens(limit: int, seconds_left: float, open_tasks: int, mean_tokens: float, rate: float) -> int:
-    """How long an answer may become so that `open_tasks` more fit into `seconds_left` at `rate` tokens a second.
-
-    `limit` while answers of `mean_tokens`, the mean so far, are projected to fit; otherwise the time is shared out
-    evenly, with at least 16 tokens for each.
-    """
-    if not open_tasks or mean_tokens * open_tasks <= seconds_left * rate:
-        return limit
-    return min(limit, max(16, int(seconds_left * rate / open_tasks)))
-
-
 class Clock:
-    """What answering has taken so far, and how long an answer may still become: `limit`, in tokens.
+    """How long an answer may become: `limit` tokens, fewer once the time is short.
 
     `budget` is in seconds from now on, for all answers; 0 means no limit.
     """
 
     def __init__(self, limit: int, budget: float):
         self.limit, self.budget = limit, budget
-        self.started = time.perf_counter()
-        self.seconds, self.answers, self.tokens = 0.0, 0, 0
+        self.started, self.seconds = time.perf_counter(), 0.0
+        self.answers = self.tokens = 0
 
-    def note(self, tokens: int, open_tasks: int) -> float:
-        """Count an answer of `tokens`, shorten those to come if time is short; the seconds since the one before."""
+    def note(self, tokens: int) -> float:
+        """Count an answer of `tokens`; returns the seconds since the one before."""
         before, self.seconds = self.seconds, time.perf_counter() - self.started
         self.answers += 1
         self.tokens += tokens
-        self.share(open_tasks)
         return self.seconds - before
 
     def share(self, open_tasks: int) -> None:
-        """Lower `limit` if `open_tasks` more answers are not projected to fit into the time that is left."""
-        if self.budget and self.answers:
-            mean, rate = self.tokens / self.answers, self.tokens / self.seconds
-            self.limit = allowed_new_tokens(self.limit, self.budget - self.seconds, open_tasks, mean, rate)
+        """If `open_tasks` more answers like those so far do not fit into the time that is left, lower `limit`: the time
+        is shared out evenly, with at least 16 tokens for each.
+        """
+        left = self.budget - self.seconds
+        needed = open_tasks * self.seconds / max(self.answers, 1)
+        if self.budget and open_tasks and needed > left:
+            rate = self.tokens / self.seconds
+            self.limit = min(self.limit, max(16, int(left * rate / open_tasks)))
 
-    def is_up(self) -> bool:
-        """True when the budget is used up."""
-        return 0 < self.budget <= self.seconds
+
+class Question(NamedTuple):
+    """A task as the model is asked it."""
+
+    task_id: Any
+    key: str  # its `answer_key`
+    prompts: tuple[str, str]  # the second one, without shots, is for a second attempt if the first answer is empty
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Any, Any]:
-    """Token ids of different lengths as one tensor (rows, longest), padded on the left, and its mask: 0 for padding."""
-    import torch
+class Decoding(NamedTuple):
+    """How a run's answers are decoded, the same for all of them."""
 
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    generate: Callable[..., Iterator[tuple[int, list[int]]]]  # `answer_in_slots` or `answer_in_batches`
+    parallel: int  # answers at the same time
+    process: Any  # transformers' LogitsProcessorList: (token ids so far, scores) to scores
+    stop: Any  # transformers' StoppingCriteriaList: (token ids so far, None) to true where an answer ends
+    penalize_prompt: bool = True  # whether "so far" includes the prompt
+    max_new_tokens: int = 1024  # of an answer
+    max_seq_length: int = 4096  # of prompt and answer
+    time_budget: float = 0  # seconds for all answers; 0: no limit
 
 
 def answer_in_batches(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: Callable[[int], int],
-    batch_size: int,
-    process: Callable[[Any, Any], Any],
-    stop: Callable[[Any, Any], Any],
-    penalize_prompt: bool = False,
+    model: Any, prompts: Sequence[list[int]], room: Callable[[int], int], decoding: Decoding
 ) -> Iterator[tuple[int, list[int]]]:
-    """Like `answer_all`, with the model's own `generate` and batches padded on the left: the way for unsloth.
+    """Like `answer_in_slots`, with the model's own `generate` and batches padded on the left: the way for unsloth.
 
     When a batch does not fit into the GPU's memory it is halved, and so are those that follow.
     Raises RecipeError if a single prompt does not fit.
@@ -1580,21 +1549,23 @@ def answer_in_batches(
         return
     pad = model.generation_config.pad_token_id or 0
     model.generation_config.max_length = None  # unsloth sets it, and generate() would tell of two limits each time
-    waiting = list(range(len(prompts)))
+    waiting, size = list(range(len(prompts))), decoding.parallel
     while waiting:
-        chosen = waiting[:batch_size]
-        ids, mask = pad_left([prompts[index] for index in chosen], pad)
-        width = ids.shape[1]
-        seen = 0 if penalize_prompt else width
+        chosen = waiting[:size]
+        rows = [prompts[index] for index in chosen]
+        width = max(map(len, rows))
+        seen = 0 if decoding.penalize_prompt else width
         try:
             with torch.inference_mode():
                 written = model.generate(
-                    ids.to(model.device),
-                    attention_mask=mask.to(model.device),
+                    torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device),
+                    attention_mask=torch.tensor(
+                        [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device
+                    ),
                     do_sample=False,
-                    max_new_tokens=max(map(max_new_tokens, chosen)),
-                    logits_processor=[lambda ids, scores, seen=seen: process(ids[:, seen:], scores)],
-                    stopping_criteria=[lambda ids, scores, width=width: stop(ids[:, width:], scores)],
+                    max_new_tokens=max(map(room, chosen)),
+                    logits_processor=[lambda ids, scores, seen=seen: decoding.process(ids[:, seen:], scores)],
+                    stopping_criteria=[lambda ids, scores, width=width: decoding.stop(ids[:, width:], scores)],
                 )[:, width:].tolist()
         except torch.OutOfMemoryError:
             if len(chosen) == 1:
@@ -1602,70 +1573,45 @@ def answer_in_batches(
                     f"the GPU's memory is too small for a prompt of {width} tokens: lower k or max_seq_length"
                 ) from None
             torch.cuda.empty_cache()
-            batch_size = len(chosen) // 2
+            size = len(chosen) // 2
             continue
         waiting = waiting[len(chosen) :]
         for index, tokens in zip(chosen, written, strict=True):
-            # generate() pads the rows that stopped early.
-            while tokens and tokens[-1] == pad:
+            while tokens and tokens[-1] == pad:  # generate() pads the rows that stopped early
                 tokens.pop()
-            yield index, tokens[: max_new_tokens(index)]
+            yield index, tokens[: room(index)]
 
 
-class Question(NamedTuple):
-    """A task as the model is asked it."""
-
-    task_id: Any
-    key: str  # its `answer_key`
-    prompt: str
-    prompt_without_shots: str  # for the second attempt, if the answer to `prompt` is empty
-
-
-class Decoding(NamedTuple):
-    """How a run's answers are decoded, the same for all of them."""
-
-    process: Any  # transformers' LogitsProcessorList: (token ids so far, scores) to scores
-    stop: Any  # transformers' StoppingCriteriaList: (token ids so far, None) to true where an answer ends
-    max_new_tokens: int  # of an answer
-    max_seq_length: int  # of prompt and answer
-    penalize_prompt: bool  # whether "so far" includes the prompt
-    time_budget: float  # seconds for all answers; 0: no limit
-    parallel: int  # answers at the same time
-    in_slots: bool  # `answer_all`; otherwise `answer_in_batches`
-
-    def answer(
-        self, model: Any, prompts: Sequence[Sequence[int]], room: Callable[[int], int]
-    ) -> Iterator[tuple[int, list[int]]]:
-        """(index, new token ids) of `prompts` as the answers finish, the answer to `index` of `room(index)` at most."""
-        generate = answer_all if self.in_slots else answer_in_batches
-        return generate(model, prompts, room, self.parallel, self.process, self.stop, self.penalize_prompt)
-
-
-def answer_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding, clock: Clock
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (index of the prompt, output, new_tokens, cut, limit and seconds of its row) as the answers finish.
+def ask(
+    model: Any, tokenizer: Any, questions: Sequence[Question], attempt: int, clock: Clock, decoding: Decoding
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows (task_id and ANSWER_ROW) of one attempt (1 or 2) at each question, as the answers finish.
 
     The longest prompts come first: what does not fit into the memory shows at once, and no long one is left to the
     end.
     """
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
-    clock.share(len(order))
+    asked = [(tokenizer(question.prompts[attempt - 1])["input_ids"], question) for question in questions]
+    asked.sort(key=lambda pair: len(pair[0]), reverse=True)
+    prompts = [prompt for prompt, _ in asked]
+    clock.share(len(asked))
 
-    def room(position: int) -> int:
-        return max(1, min(clock.limit, decoding.max_seq_length - len(ids[order[position]])))
+    def room(index: int) -> int:
+        return max(1, min(clock.limit, decoding.max_seq_length - len(prompts[index])))
 
-    answers = decoding.answer(model, [ids[index] for index in order], room)
-    for done, (position, tokens) in enumerate(answers, start=1):
+    for done, (index, tokens) in enumerate(decoding.generate(model, prompts, room, decoding), start=1):
+        _, question = asked[index]
         row = {
+            "task_id": question.task_id,
+            "key": question.key,
             "output": clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)),
             "new_tokens": len(tokens),
-            "cut": len(tokens) >= room(position),
+            "cut": len(tokens) >= room(index),
             "limit": clock.limit,
+            "seconds": round(clock.note(len(tokens)), 4),
+            "attempt": attempt,
         }
-        row["seconds"] = round(clock.note(len(tokens), open_tasks=len(order) - done), 4)
-        yield order[position], row
+        clock.share(len(asked) - done)
+        yield row
 
 
 def answer_tasks(
@@ -1692,52 +1638,17 @@ def answer_tasks(
     for attempt in (1, 2):
         if attempt == 1:
             chosen = [question for question in questions if question.task_id not in rows]
-            prompts = [question.prompt for question in chosen]
         else:
             chosen = [question for question in questions if not is_final(rows[question.task_id])]
-            prompts = [question.prompt_without_shots for question in chosen]
-        for index, fields in answer_prompts(model, tokenizer, prompts, decoding, clock):
-            question = chosen[index]
-            row = {"task_id": question.task_id, "key": question.key, **fields, "attempt": attempt}
+        for row in ask(model, tokenizer, chosen, attempt, clock, decoding):
             if attempt == 2:
-                row["seconds"] = round(row["seconds"] + rows[question.task_id]["seconds"], 4)
+                row["seconds"] = round(row["seconds"] + rows[row["task_id"]]["seconds"], 4)
             append_row(log, row)
-            rows[question.task_id] = row
+            rows[row["task_id"]] = row
             if is_final(row):
                 yield row
-            if clock.is_up() and len(rows) < len(questions):
+            if 0 < clock.budget <= clock.seconds and len(rows) < len(questions):
                 return
-
-
-def first_tokens(model: Any, tokenizer: Any, prompt: str, decoding: Decoding, count: int = 8) -> list[dict[str, Any]]:
-    """The first `count` tokens of the answer to `prompt` and what the rules (`decoding.process`) changed, one row each.
-
-    `chosen` is the token with the highest score, `probability` and `probability before` are those with and without the
-    rules; `first before` is the token that would have been chosen without them, with its probability.
-    """
-    steps = []
-
-    def text(token: int) -> str:
-        decoded = tokenizer.decode([token])
-        return repr(tokenizer.convert_ids_to_tokens(token) if "\ufffd" in decoded else decoded)
-
-    def watch(history: Any, scores: Any) -> Any:
-        changed = decoding.process(history, scores)
-        before, after = scores[0].softmax(-1), changed[0].softmax(-1)
-        chosen, first = int(after.argmax()), int(before.argmax())
-        steps.append(
-            {
-                "chosen": text(chosen),
-                "probability": float(after[chosen]),
-                "probability before": float(before[chosen]),
-                "first before": text(first),
-                "its probability": float(before[first]),
-            }
-        )
-        return changed
-
-    list(decoding._replace(process=watch).answer(model, [tokenizer(prompt)["input_ids"]], lambda _: count))
-    return steps
 
 
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
@@ -2292,6 +2203,25 @@ def find_model(name: str, revision: str = "") -> str:
         raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({first_line(error)})") from None
 
 
+def capped_attention(query: Any, key: Any, value: Any, hidden: Any, scaling: float, softcap: float | None) -> Any:
+    """Attention with the softcapping of Gemma 2: the arithmetic of transformers' eager attention without its copies of
+    keys and values, because the query heads that share a key head stand side by side.
+
+    Query (rows, heads, tokens, width), key and value (rows, key heads, columns, width); `hidden`, true where a token
+    does not see a column, broadcasts to (rows, heads, tokens, columns). Returns (rows, heads, tokens, width).
+    """
+    import torch
+
+    cap = softcap or 1.0
+    grouped = (query * (scaling / cap)).reshape(len(key), key.shape[1], -1, query.shape[-1])
+    scores = torch.matmul(grouped, key.transpose(2, 3))
+    if softcap is not None:
+        scores = torch.tanh(scores) * cap
+    scores = scores.view(*query.shape[:-1], -1).masked_fill(hidden, -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights.view(*grouped.shape[:-1], -1), value).view(query.shape)
+
+
 def example_attention(
     module: Any,
     query: Any,
@@ -2304,7 +2234,7 @@ def example_attention(
     position_ids: Any = None,
     **_: Any,
 ) -> tuple[Any, None]:
-    """Causal attention with the softcapping of Gemma 2 for training rows that hold several examples end to end.
+    """Causal `capped_attention` for training rows that hold several examples end to end.
 
     An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. Every example gets its
     own scores, so the work grows with the square of an example's length, not of the row's, and nothing is compiled.
@@ -2312,24 +2242,16 @@ def example_attention(
     """
     import torch
 
-    _, heads, tokens, width = query.shape
-    key_heads, cap = key.shape[1], softcap or 1.0
+    tokens = query.shape[2]
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
-    rows = (query * (scaling / cap), key, value)
     results = []
-    for length, q, k, v in zip(lengths, *(row[0].split(lengths, dim=1) for row in rows), strict=True):
-        # Query heads that share a key head stand side by side, so that keys and values need no copies.
-        scores = torch.matmul(q.reshape(key_heads, -1, width), k.transpose(1, 2))
-        if softcap is not None:
-            scores = torch.tanh(scores) * cap
-        position = torch.arange(length, device=query.device)
+    for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
+        position = torch.arange(q.shape[2], device=query.device)
         distance = position[:, None] - position
         hidden = (distance < 0) | (distance >= (sliding_window or tokens))
-        scores = scores.view(heads, length, length).masked_fill(hidden, -torch.inf)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-        results.append(torch.matmul(weights.view(key_heads, -1, length), v).view(heads, length, width))
-    return torch.cat(results, dim=1).transpose(0, 1)[None], None
+        results.append(capped_attention(q, k, v, hidden, scaling, softcap))
+    return torch.cat(results, dim=2).transpose(1, 2), None
 
 
 def keep_weights_unpacked(model: Any) -> None:
@@ -2517,80 +2439,38 @@ def slot_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Any, None]:
-    """Attention with the softcapping of Gemma 2 for `SlotDecoder`: the arithmetic of transformers' eager attention
-    without its copies of keys and values and without holding the scores of a whole prompt.
+    """`capped_attention` for `SlotDecoder`; returns (rows, tokens, heads, width).
 
-    One new token a row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width),
+    One new token per row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width),
     attention_mask (rows, 1, 1, columns), true where a column may be seen.
     One prompt: query (1, heads, tokens, width), key and value (1, key heads, tokens, width), attention_mask None.
-    Returns (rows, tokens, heads, width). Inference only.
     """
     import torch
 
-    rows, _, tokens, width = query.shape
-    # Query heads that share a key head stand side by side: (rows, key heads, group, tokens, width).
-    query = (query * (scaling / (softcap or 1.0))).view(rows, key.shape[1], -1, tokens, width)
     if attention_mask is not None:
-        result = _attend(query, key, value, ~attention_mask[:, :, None], softcap)
-        return result.flatten(1, 2).transpose(1, 2), None
-
+        return capped_attention(query, key, value, ~attention_mask, scaling, softcap).transpose(1, 2), None
+    tokens = query.shape[2]
     window = sliding_window or tokens
-    result = torch.empty_like(query)
-    for start in range(0, tokens, 512):
-        end = min(start + 512, tokens)
-        first = max(0, start - window + 1)  # the oldest token that these 512 see
-        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(
-            first, end, device=query.device
-        )
+    position = torch.arange(tokens, device=query.device)
+    results = []
+    for start in range(0, tokens, 512):  # the scores of a whole prompt would not fit into the memory
+        end = start + 512
+        seen = slice(max(0, start - window + 1), end)
+        distance = position[start:end, None] - position[seen]
         hidden = (distance < 0) | (distance >= window)
-        piece = _attend(query[..., start:end, :], key[:, :, first:end], value[:, :, first:end], hidden, softcap)
-        result[..., start:end, :] = piece
-    return result.flatten(1, 2).transpose(1, 2), None
-
-
-def _attend(query: Any, key: Any, value: Any, hidden: Any, softcap: float | None) -> Any:
-    """Attention of query (rows, key heads, group, tokens, width), already scaled and divided by `softcap`."""
-    import torch
-
-    scores = torch.matmul(query.flatten(2, 3), key.transpose(2, 3))
-    if softcap is not None:
-        scores = scores.tanh_().mul_(softcap)
-    scores.view(*query.shape[:-1], -1).masked_fill_(hidden, -torch.inf)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.matmul(weights, value).view(query.shape)
-
-
-class SlotCache:
-    """Keys and values of several answers at once, one slot (row) each, in a ring of columns.
-
-    Every decoding step writes one column of all slots. The order of columns does not matter to attention, because
-    positions are rotated into the keys before they are stored; `positions` (slots, columns) says which token a column
-    holds, -1 for none. So a new prompt can take over one slot while the others go on: it is written into the columns
-    just before the next one. Memory: 2 x layers x key heads x head width x columns values a slot.
-    """
-
-    def __init__(self, config: Any, slots: int, columns: int, device: Any, dtype: Any):
-        import torch
-
-        shape = (slots, config.num_key_value_heads, columns, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.positions = torch.full((slots, columns), -1, device=device)
-        self.columns = torch.zeros(1, dtype=torch.long, device=device)  # where the next forward pass writes
-        self.slot: int | None = None  # the slot that reads its prompt; None: all slots decode one token
-
-    def update(self, key: Any, value: Any, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Store the new keys and values of `layer`; return what this forward pass attends to (called by the model)."""
-        rows = slice(None) if self.slot is None else slice(self.slot, self.slot + 1)
-        self.keys[layer][rows].index_copy_(2, self.columns, key)
-        self.values[layer][rows].index_copy_(2, self.columns, value)
-        return (self.keys[layer], self.values[layer]) if self.slot is None else (key, value)
+        q, k, v = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
+        results.append(capped_attention(q, k, v, hidden, scaling, softcap))
+    return torch.cat(results, dim=2).transpose(1, 2), None
 
 
 class SlotDecoder:
-    """A Gemma 2 model (with or without an adapter) over a `SlotCache`: reads prompts one by one, without padding, and
-    decodes all slots together.
+    """A Gemma 2 model (with or without an adapter) that decodes several answers together, one slot (row) each.
+
+    Keys and values lie in a ring of columns; every decoding step writes one column of all slots. The order of columns
+    does not matter to attention, because positions are rotated into the keys before they are stored; `positions`
+    (slots, columns) says which token a column holds, -1 for none. So a new prompt can take over one slot while the
+    others go on: it is read alone, without padding, into the columns just before the next one.
+    Memory: 2 x layers x key heads x head width x columns values per slot.
 
     On a GPU the decoding step is recorded once as a CUDA graph and replayed: launched one by one its thousands of
     small kernels would take longer than they run.
@@ -2601,69 +2481,56 @@ class SlotDecoder:
         from transformers import AttentionInterface
 
         AttentionInterface.register("slots", slot_attention)
-        self.model = model
+        self.model, self.device = model, model.device
         self.config = model.config.get_text_config()
-        self.config._attn_implementation = "slots"
-        self.cache = SlotCache(self.config, slots, columns, model.device, model.dtype)
-        # The tensors that a recorded step reads; they keep their place.
-        self.column = torch.zeros(1, dtype=torch.long, device=model.device)
-        self.tokens = torch.zeros((slots, 1), dtype=torch.long, device=model.device)
-        self.token_positions = torch.zeros((slots, 1), dtype=torch.long, device=model.device)
+        self.own_attention, self.config._attn_implementation = self.config._attn_implementation, "slots"
+        shape = (slots, self.config.num_key_value_heads, columns, self.config.head_dim)
+        layers = range(self.config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in layers]
+        # A recorded step reads and writes these tensors, so they keep their place.
+        self.positions = torch.full((slots, columns), -1, device=self.device)
+        self.column = torch.zeros(1, dtype=torch.long, device=self.device)  # the next one to be written
+        self.tokens = torch.zeros((slots, 1), dtype=torch.long, device=self.device)
+        self.token_positions = torch.zeros((slots, 1), dtype=torch.long, device=self.device)
         self.graph: Any = None
         self.logits: Any = None
+
+    def close(self) -> None:
+        """Give the model back its own attention: that of the slots cannot read padded batches."""
+        self.config._attn_implementation = self.own_attention
 
     def read_prompt(self, slot: int, prompt: Sequence[int]) -> Any:
         """Fill `slot` with the prompt (token ids); returns the scores of the next token (1, vocabulary)."""
         import torch
 
-        cache, device = self.cache, self.model.device
-        positions = torch.arange(len(prompt), device=device)
-        cache.slot = slot
-        cache.columns = (positions + self.column - len(prompt)) % cache.positions.shape[1]
-        cache.positions[slot] = -1
-        cache.positions[slot, cache.columns] = positions
+        positions = torch.arange(len(prompt), device=self.device)
+        columns = (positions + self.column - len(prompt)) % self.positions.shape[1]
+        self.positions[slot] = -1
+        self.positions[slot, columns] = positions
         self.token_positions[slot] = len(prompt)
-        with torch.no_grad():
-            return self.model(
-                input_ids=torch.tensor([prompt], device=device),
-                attention_mask={"full_attention": None, "sliding_attention": None},
-                position_ids=positions[None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        tokens = torch.tensor([prompt], device=self.device)
+        return self._forward(tokens, positions[None], slot, columns, None, None)
 
     def decode(self, tokens: Any) -> Any:
-        """Append one token a slot (slots,); returns the scores of the next ones (slots, vocabulary)."""
-        self.cache.slot = None
-        self.cache.columns = self.column
+        """Append one token per slot (slots,); returns the scores of the next ones (slots, vocabulary)."""
         self.tokens.copy_(tokens[:, None])
-        if self.model.device.type != "cuda":
+        if self.device.type != "cuda":
             self.logits = self._step()
         else:
             if self.graph is None:
                 self._record()
             self.graph.replay()
         self.token_positions += 1
-        self.column.add_(1).remainder_(self.cache.positions.shape[1])
+        self.column.add_(1).remainder_(self.positions.shape[1])
         return self.logits
 
     def _step(self) -> Any:
-        import torch
-
-        cache = self.cache
-        cache.positions.index_copy_(1, self.column, self.token_positions)
-        seen = cache.positions >= 0
-        near = seen & (cache.positions > self.token_positions - self.config.sliding_window)
-        masks = {"full_attention": seen[:, None, None], "sliding_attention": near[:, None, None]}
-        with torch.no_grad():
-            return self.model(
-                input_ids=self.tokens,
-                attention_mask=masks,
-                position_ids=self.token_positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+        self.positions.index_copy_(1, self.column, self.token_positions)
+        seen = self.positions >= 0
+        near = seen & (self.positions > self.token_positions - self.config.sliding_window)
+        masks = seen[:, None, None], near[:, None, None]
+        return self._forward(self.tokens, self.token_positions, None, self.column, *masks)
 
     def _record(self) -> None:
         import torch
@@ -2676,6 +2543,28 @@ class SlotDecoder:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self._step()
+
+    def _forward(self, tokens: Any, positions: Any, slot: int | None, columns: Any, full: Any, sliding: Any) -> Any:
+        """Run the model over new tokens of one slot or (None) of all, with the masks of both kinds of layers."""
+        import torch
+
+        self.slot, self.columns = slot, columns
+        with torch.no_grad():
+            return self.model(
+                input_ids=tokens,
+                attention_mask={"full_attention": full, "sliding_attention": sliding},
+                position_ids=positions,
+                past_key_values=self,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+    def update(self, key: Any, value: Any, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Store new keys and values of `layer` and return those to attend to; the model calls this as a cache's own."""
+        rows = slice(None) if self.slot is None else slice(self.slot, self.slot + 1)
+        self.keys[layer][rows].index_copy_(2, self.columns, key)
+        self.values[layer][rows].index_copy_(2, self.columns, value)
+        return (self.keys[layer], self.values[layer]) if self.slot is None else (key, value)
 
 
 def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) -> int:
@@ -2700,65 +2589,48 @@ def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) 
     return 1
 
 
-@contextmanager
-def slots_in_use(model: Any) -> Iterator[None]:
-    """Give the model back its own attention afterwards: that of the slots cannot read padded batches."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def answer_all(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: Callable[[int], int],
-    slots: int,
-    process: Callable[[Any, Any], Any],
-    stop: Callable[[Any, Any], Any],
-    penalize_prompt: bool = False,
+def answer_in_slots(
+    model: Any, prompts: Sequence[list[int]], room: Callable[[int], int], decoding: Decoding
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy answers to `prompts` (token ids), yielded as (index, new token ids) in the order in which they finish.
 
-    `max_new_tokens(index)` is asked after every token; it may fall while the run goes on, but not rise. `process` and
-    `stop` are transformers' LogitsProcessorList and StoppingCriteriaList: they see (rows, history) token ids, padded on
-    the left, of the new tokens alone or, with `penalize_prompt`, of prompt and new tokens. The token that stopped an
-    answer is part of it.
+    `room(index)` is how many tokens that answer may have. It is asked after every token; it may fall while the run goes
+    on, but not rise. The rules of `decoding` see (rows, history) token ids, padded on the left, of the new tokens alone
+    or, with `penalize_prompt`, of prompt and new tokens. The token that stopped an answer is part of it.
     """
     import torch
 
     if not prompts:
         return
-    slots = min(slots, len(prompts))
+    slots = min(decoding.parallel, len(prompts))
     pad = model.generation_config.pad_token_id or 0
-    longest = max(len(prompt) + max_new_tokens(index) for index, prompt in enumerate(prompts))
-    history = torch.full((slots, longest), pad, device=model.device)
+    columns = max(len(prompt) + room(index) for index, prompt in enumerate(prompts))
+    history = torch.full((slots, columns), pad, device=model.device)
     tokens = torch.zeros(slots, dtype=torch.long, device=model.device)
     waiting = deque(range(len(prompts)))
-    running: dict[int, int] = {}  # slot: index of its prompt
-    answers: dict[int, list[int]] = {}
-    with slots_in_use(model):
-        decoder = SlotDecoder(model, slots, longest)
+    running: dict[int, tuple[int, list[int]]] = {}  # slot: index of its prompt, answer so far
+    decoder = SlotDecoder(model, slots, columns)
+    try:
         while waiting or running:
             changed = [slot for slot in range(slots) if slot not in running][: len(waiting)]
             for slot in changed:  # free slots read the next prompts
-                running[slot] = index = waiting.popleft()
-                answers[index] = []
+                index = waiting.popleft()
+                running[slot] = index, []
                 history[slot] = pad
-                if penalize_prompt:
+                if decoding.penalize_prompt:
                     history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
                 scores = decoder.read_prompt(slot, prompts[index])
-                tokens[slot] = process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
+                tokens[slot] = decoding.process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
             if not changed:  # no slot or no prompt is free: all running answers get one more token
                 changed = list(running)
-                tokens = process(history, decoder.decode(tokens).float()).argmax(-1)
+                tokens = decoding.process(history, decoder.decode(tokens).float()).argmax(-1)
             history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
-            stopped = stop(history, None).tolist()
+            stopped = decoding.stop(history, None).tolist()
             for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
-                index = running[slot]
-                answers[index].append(token)
-                if stopped[slot] or len(answers[index]) >= max_new_tokens(index):
+                index, answer = running[slot]
+                answer.append(token)
+                if stopped[slot] or len(answer) >= room(index):
                     del running[slot]
-                    yield index, answers.pop(index)
+                    yield index, answer
+    finally:
+        decoder.close()

@@ -118,11 +118,11 @@ def loop_2024(folder: str, engine: str, tiny: bool, count: int, measured: int) -
 
 
 def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -> dict:
-    """All tasks through `answer_all`."""
+    """All tasks through `answer_in_slots`."""
     import torch
     from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-    from helpers import answer_all, slots_that_fit
+    from helpers import Decoding, answer_in_slots, slots_that_fit
 
     if memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -136,10 +136,10 @@ def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -
     def never(history, _scores):
         return torch.zeros(len(history), dtype=torch.bool, device=history.device)
 
-    options = {"process": process, "stop": never, "penalize_prompt": True}
-    list(answer_all(model, [prompts[0][:2048]], max_new_tokens=lambda _index: 3, slots=1, **options))  # warms up
+    decoding = Decoding(answer_in_slots, number, process, never)
+    list(answer_in_slots(model, [prompts[0][:2048]], lambda _index: 3, decoding._replace(parallel=1)))  # warms up
     started = time.time()
-    answers = dict(answer_all(model, prompts, max_new_tokens=lengths.__getitem__, slots=number, **options))
+    answers = dict(answer_in_slots(model, prompts, lengths.__getitem__, decoding))
     seconds = time.time() - started
     return {
         "slots": number,

@@ -1,5 +1,6 @@
 """The repository root on the import path, and one thread: the tiny models are slower on two."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def run_cell(notebook, cell_id, **values):
+    """Execute one code cell of a notebook with these values; returns all names that it leaves behind."""
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ["".join(cell["source"]) for cell in cells if cell["id"] == cell_id]
+    exec(source, values)
+    return values
 
 
 @pytest.fixture(scope="session")

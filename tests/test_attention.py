@@ -11,7 +11,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from helpers import answer_all, example_attention
+from helpers import Decoding, answer_in_slots, example_attention
 
 LENGTHS = [50, 9, 70, 33]
 
@@ -79,13 +79,5 @@ def test_slots_answer_like_generate_one_by_one(model, slots, penalize_prompt):
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=length, **options)[0]
         expected[index] = answer[len(prompt) :].tolist()
     never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
-    answers = answer_all(
-        model,
-        prompts,
-        max_new_tokens=lengths.__getitem__,
-        slots=slots,
-        process=processors(),
-        stop=never,
-        penalize_prompt=penalize_prompt,
-    )
-    assert dict(answers) == expected
+    decoding = Decoding(answer_in_slots, slots, processors(), never, penalize_prompt)
+    assert dict(answer_in_slots(model, prompts, lengths.__getitem__, decoding)) == expected

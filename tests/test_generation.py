@@ -4,15 +4,17 @@ import json
 import logging
 import types
 
+import pandas as pd
 import pytest
 import torch
+from conftest import run_cell
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import helpers
-from helpers import RecipeError
+from helpers import RecipeError, answer_in_batches, answer_in_slots
 
 TASKS = [task["input"] for task in helpers.read_tasks("data/sample/tasks.jsonl")][:6]
 LONGEST = [40, 3, 17, 1, 30, 25]
@@ -36,9 +38,7 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope="module")
 def process(tokenizer):
-    banned = helpers.banned_token_ids(
-        helpers.BANNED_WORDS, lambda word: tokenizer.encode(word, add_special_tokens=False)
-    )
+    banned = [tokenizer.encode(word, add_special_tokens=False) for word in helpers.BANNED_WORDS]
     rules = [RepetitionPenaltyLogitsProcessor(1.1), NoBadWordsLogitsProcessor(banned, eos_token_id=1)]
     return LogitsProcessorList(rules)
 
@@ -64,21 +64,27 @@ def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
     return answers
 
 
+def answer(model, prompts, longest, decoding):
+    """The answers to `prompts` with lengths of at most `longest`, by index."""
+    return dict(decoding.generate(model, prompts, longest.__getitem__, decoding))
+
+
 @pytest.mark.parametrize("penalize_prompt", [True, False])
 @pytest.mark.parametrize("parallel", [1, 4, 6])
 def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop, parallel, penalize_prompt):
     expected = one_by_one(model, prompts, process, stop, penalize_prompt)
-    for generate in (helpers.answer_in_batches, helpers.answer_all):
-        found = dict(generate(model, prompts, LONGEST.__getitem__, parallel, process, stop, penalize_prompt))
+    for generate in (answer_in_batches, answer_in_slots):
+        found = answer(model, prompts, LONGEST, helpers.Decoding(generate, parallel, process, stop, penalize_prompt))
         assert [found[i] for i in range(len(prompts))] == expected, generate.__name__
 
 
 def test_a_limit_of_the_models_own_says_nothing_and_changes_nothing(model, prompts, process, stop, caplog, monkeypatch):
     """unsloth sets `max_length` on a GPU, of which transformers tells again with every batch."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    expected = dict(helpers.answer_in_batches(model, prompts, LONGEST.__getitem__, 1, process, stop))
+    decoding = helpers.Decoding(answer_in_batches, 1, process, stop, penalize_prompt=False)
+    expected = answer(model, prompts, LONGEST, decoding)
     model.generation_config.max_length = 8192
-    assert dict(helpers.answer_in_batches(model, prompts, LONGEST.__getitem__, 1, process, stop)) == expected
+    assert answer(model, prompts, LONGEST, decoding) == expected
     assert not caplog.records
 
 
@@ -87,13 +93,15 @@ def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
     prompt = tokenizer("".join(TASKS * 2))["input_ids"]
     assert len(prompt) > 3 * model.config.sliding_window
     expected = one_by_one(model, [prompt] * 6, process, stop, False)[0]
-    assert dict(helpers.answer_all(model, [prompt], lambda _: 40, 2, process, stop))[0] == expected
+    decoding = helpers.Decoding(answer_in_slots, 2, process, stop, penalize_prompt=False)
+    assert answer(model, [prompt], [40], decoding)[0] == expected
 
 
 def test_shorter_limit_during_the_run(model, prompts, process, stop):
     limits = [40]
     lengths = []
-    for _, tokens in helpers.answer_all(model, prompts, lambda _: limits[-1], 2, process, stop):
+    decoding = helpers.Decoding(answer_in_slots, 2, process, stop, penalize_prompt=False)
+    for _, tokens in answer_in_slots(model, prompts, lambda _: limits[-1], decoding):
         lengths.append(len(tokens))
         limits.append(5)
     assert max(lengths[2:]) <= 5
@@ -115,7 +123,8 @@ class SmallGpu:
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(model, prompts, process, stop):
     small = SmallGpu(model)
-    found = dict(helpers.answer_in_batches(small, prompts, LONGEST.__getitem__, 6, process, stop))
+    decoding = helpers.Decoding(answer_in_batches, 6, process, stop, penalize_prompt=False)
+    found = answer(small, prompts, LONGEST, decoding)
     assert [found[i] for i in range(6)] == one_by_one(model, prompts, process, stop, False)
     assert small.calls == [6, 3, 1, 1, 1, 1, 1, 1]
 
@@ -125,8 +134,9 @@ def test_a_prompt_that_never_fits(model, prompts, process, stop):
         def generate(self, ids, **options):
             raise torch.OutOfMemoryError
 
+    decoding = helpers.Decoding(answer_in_batches, 4, process, stop, penalize_prompt=False)
     with pytest.raises(RecipeError, match="lower k or max_seq_length"):
-        list(helpers.answer_in_batches(NoGpu(model), prompts, LONGEST.__getitem__, 4, process, stop))
+        answer(NoGpu(model), prompts, LONGEST, decoding)
 
 
 def answer_row(task_id, key, output, **fields):
@@ -225,12 +235,12 @@ def test_a_finished_run_that_is_run_again_keeps_its_output(tmp_path):
 @pytest.fixture(scope="module")
 def questions():
     prompts = [(helpers.build_prompt(task, []), helpers.build_prompt(task, [], "training")) for task in TASKS]
-    return [helpers.Question(i, f"key {i}", *pair) for i, pair in enumerate(prompts)]
+    return [helpers.Question(i, f"key {i}", pair) for i, pair in enumerate(prompts)]
 
 
 @pytest.fixture
 def decoding(process, stop):
-    return helpers.Decoding(process, stop, 40, 1024, True, time_budget=0, parallel=3, in_slots=True)
+    return helpers.Decoding(answer_in_slots, 3, process, stop, max_new_tokens=40, max_seq_length=1024)
 
 
 def read_log(path):
@@ -249,10 +259,10 @@ def test_the_generator_answers_like_generate_one_by_one(
     expected = one_by_one(model, prompts, decoding.process, decoding.stop, penalize_prompt, longest=[40] * 6)
     expected = [helpers.clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in expected]
     assert all(expected)
-    for in_slots in (True, False):
+    for generate in (answer_in_slots, answer_in_batches):
         for parallel in (1, 4, 64):
-            setting = decoding._replace(in_slots=in_slots, parallel=parallel, penalize_prompt=penalize_prompt)
-            path = tmp_path / f"{in_slots}-{parallel}" / "answers.jsonl"
+            setting = decoding._replace(generate=generate, parallel=parallel, penalize_prompt=penalize_prompt)
+            path = tmp_path / f"{generate.__name__}-{parallel}" / "answers.jsonl"
             rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, path, setting))
             assert {row["task_id"]: row["output"] for row in rows} == dict(enumerate(expected))
             assert read_log(path) == rows
@@ -300,11 +310,9 @@ def one_second_an_answer(monkeypatch):
     monkeypatch.setattr(helpers, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
 
 
-@pytest.mark.parametrize("in_slots", [True, False])
-def test_the_clock_shortens_answers(
-    model, tokenizer, questions, decoding, tmp_path, one_second_an_answer, monkeypatch, in_slots
-):
-    setting = decoding._replace(time_budget=5.5, parallel=1, in_slots=in_slots, stop=StoppingCriteriaList())
+@pytest.mark.parametrize("generate", [answer_in_slots, answer_in_batches])
+def test_the_clock_shortens_answers(model, tokenizer, questions, decoding, tmp_path, one_second_an_answer, generate):
+    setting = decoding._replace(time_budget=5.5, parallel=1, generate=generate, stop=StoppingCriteriaList())
     rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
     assert [row["seconds"] for row in rows] == [1.0] * 6
     # After one answer of 40 tokens in 1 s, 4.5 s are left for five: 4.5 * 40 / 5 = 36 tokens each, and so on.
@@ -333,12 +341,12 @@ class NothingAfter:
         return scores
 
 
-@pytest.mark.parametrize("in_slots", [True, False])
-def test_an_empty_answer_is_asked_again_without_shots(model, tokenizer, questions, decoding, tmp_path, in_slots):
+@pytest.mark.parametrize("generate", [answer_in_slots, answer_in_batches])
+def test_an_empty_answer_is_asked_again_without_shots(model, tokenizer, questions, decoding, tmp_path, generate):
     (token,) = tokenizer.encode("親切", add_special_tokens=False)  # only in the words of 2024's prompt
     empty = questions[0]
-    others = [question._replace(prompt=question.prompt_without_shots) for question in questions[1:3]]
-    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(token)]), in_slots=in_slots)
+    others = [question._replace(prompts=question.prompts[::-1]) for question in questions[1:3]]
+    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(token)]), generate=generate)
     path = tmp_path / "answers.jsonl"
     rows = list(helpers.answer_tasks(model, tokenizer, [empty, *others], {}, path, setting))
     assert [(row["task_id"], row["attempt"]) for row in rows][-1] == (0, 2)
@@ -388,11 +396,14 @@ def test_a_process_touches_only_its_own_log(model, tokenizer, questions, decodin
     assert finished[5]["output"] == "from before"
 
 
-@pytest.mark.parametrize("in_slots", [True, False])
-def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decoding, prompts, tmp_path, in_slots):
-    setting = decoding._replace(in_slots=in_slots)
-    steps = helpers.first_tokens(model, tokenizer, questions[0].prompt, setting, count=6)
-    tokens = one_by_one(model, prompts, decoding.process, decoding.stop, True)[0][:6]
+@pytest.mark.parametrize("generate", [answer_in_slots, answer_in_batches])
+def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decoding, prompts, tmp_path, generate):
+    setting = decoding._replace(generate=generate)
+    names = {"pd": pd, "generate": generate, "language_model": model, "tokenizer": tokenizer}
+    names |= {"prompt_ids": prompts[0], "process": decoding.process, "decoding": setting}
+    cell = run_cell("04_rag_inference", "first-tokens", **names)
+    steps = run_cell("04_rag_inference", "token-table", **cell)["token_rows"]
+    tokens = one_by_one(model, prompts, decoding.process, decoding.stop, True)[0][:8]
     assert [step["chosen"] for step in steps] == [
         repr(text if "\ufffd" not in (text := tokenizer.decode([token])) else tokenizer.convert_ids_to_tokens(token))
         for token in tokens
@@ -404,14 +415,31 @@ def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decod
     assert all(0 < step["probability"] <= 1 for step in steps)
 
 
-@given(st.integers(1, 4096), st.floats(0, 1e4), st.integers(0, 200), st.floats(1, 1000), st.floats(0.1, 1e4))
-def test_clock_never_raises_the_limit_and_shares_the_time(limit, left, open_tasks, mean, rate):
-    allowed = helpers.allowed_new_tokens(limit, left, open_tasks, mean, rate)
+@given(
+    limit=st.integers(1, 4096),
+    left=st.floats(-100, 1e4),
+    open_tasks=st.integers(0, 200),
+    seconds=st.floats(0.1, 1e4),
+    answers=st.integers(1, 200),
+    tokens=st.integers(1, 100_000),
+)
+def test_clock_never_raises_the_limit_and_shares_the_time(limit, left, open_tasks, seconds, answers, tokens):
+    clock = helpers.Clock(limit, budget=max(seconds + left, 0.01))
+    clock.seconds, clock.answers, clock.tokens = seconds, answers, tokens
+    clock.share(open_tasks)
+    allowed, room = clock.limit, (clock.budget - seconds) * tokens / seconds
     assert min(limit, 16) <= allowed <= limit
     if allowed < limit and allowed > 16:
-        assert allowed * open_tasks <= left * rate
-    if mean * open_tasks <= left * rate:
+        assert allowed * open_tasks <= room * 1.000001
+    if tokens / answers * open_tasks < room * 0.999999 or not open_tasks:
         assert allowed == limit
+
+
+def test_without_a_budget_answers_stay_long():
+    clock = helpers.Clock(40, budget=0)
+    clock.note(40)
+    clock.share(1000)
+    assert clock.limit == 40
 
 
 def test_answer_key_depends_on_everything():

@@ -42,7 +42,7 @@ def test_fit_shots_drops_the_least_similar_and_cuts_nothing(task, shots, budget)
 
 def test_banned_words_are_the_eight_of_2024():
     tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
-    ids = helpers.banned_token_ids(helpers.BANNED_WORDS, lambda word: tokenizer.encode(word, add_special_tokens=False))
+    ids = [tokenizer.encode(word, add_special_tokens=False) for word in helpers.BANNED_WORDS]
     assert [tokenizer.decode(word) for word in ids] == ["質問", "###", "#", "##", "---", "<h3>", "filepath", "> "]
     assert all(tokenizer.bos_token_id not in word for word in ids)
 

@@ -82,7 +82,7 @@ def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
 def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
     """All cells, all cells again, and the cells from the results on once more: same answers, scores and metrics."""
     once, again = tmp_path / "once", tmp_path / "again"
-    values = {"batch_size": 4, "ban_words": False}
+    values = {"batch_size": 4, "ban_words": False, "k": 0}
     papermill.execute_notebook(
         ROOT / "notebooks/04_rag_inference.ipynb",
         None,

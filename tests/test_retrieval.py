@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_cell
 
 import helpers
 
@@ -50,8 +50,11 @@ def test_scores_are_those_of_plain_maxsim(retriever, query):
     "query", ["健康のために歩く習慣をつけるにはどうすればよいですか。", DOCUMENTS[3], DOCUMENTS[5] * 3]
 )
 def test_the_largest_similarity_of_each_token_sums_up_to_the_score(retriever, query):
+    """The cell of notebook 04 that computes the picture: with each of the three best examples as the only one."""
     for result in helpers.search(retriever, query, k=3, query_max_tokens=512):
-        tokens, document_tokens, cosines = helpers.token_similarities(retriever, query, result["index"], 512)
+        values = {"task_rows": [{"input": query}], "qa": [QA[result["index"]]], "k": 0, "query_max_tokens": 512}
+        cell = run_cell("04_rag_inference", "retrieve", helpers=helpers, retriever="data/tiny/colbert", **values)
+        tokens, document_tokens, cosines = cell["task_tokens"], cell["example_tokens"], cell["cosines"]
         assert cosines.shape == (len(tokens), len(document_tokens))
         assert abs(cosines).max() < 1.001
         assert cosines.max(axis=1).sum() == pytest.approx(result["score"], rel=1e-4)
