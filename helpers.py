@@ -15,6 +15,7 @@ Only the standard library and numpy are imported here; heavy packages are import
 from __future__ import annotations
 
 import codecs
+import gc
 import gzip
 import hashlib
 import io
@@ -32,7 +33,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -51,6 +52,16 @@ class RecipeError(ValueError):
 def first_line(error: Exception) -> str:
     """Kind and first line of a library's error, at most 120 characters: what fits into a RecipeError."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector, which walks through all rows in memory again and again and finds nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
@@ -95,6 +106,7 @@ def check_keys(where: str, row: Mapping[str, Any], required: Iterable[str]) -> N
             raise RecipeError(f"{where}: key {key!r} is missing; it has {sorted(row)}")
 
 
+@collector_paused()
 def load_rows(name: str, required: Iterable[str] = (), revision: str = "", max_rows: int = 0) -> list[dict[str, Any]]:
     """Rows of a data set: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a folder of such files, or a hub repository.
 
@@ -623,7 +635,11 @@ class Forbidden:
 
     def __init__(self, rules: FilterRules, rare: str = "") -> None:
         self.strings = [string for string in dict.fromkeys(rules.ng) if len(string) > 1]
-        self.any_string = any_string(self.strings)
+        # At one place several strings can stand only if the longest of them begins with the others.
+        self.any_string = any_string(sorted(self.strings, key=len, reverse=True))
+        self.starts_of = {
+            string: {start for start in self.strings if string.startswith(start)} for string in self.strings
+        }
         single = [string for string in rules.ng if len(string) == 1]
         self.reason_of = {**dict.fromkeys(rare, "rare character"), **dict.fromkeys(single, "ng string")}
         self.other_reason = "not cp932" if rules.cp932_only else None
@@ -633,13 +649,19 @@ class Forbidden:
         else:
             self.any_character = any_character(self.reason_of)
 
-    def find(self, text: str) -> list[tuple[str, str]]:
-        """(reason, matched string) of everything forbidden in the text, each once."""
-        found = [("ng string", s) for s in self.strings if s in text] if self.any_string.search(text) else []
-        for character in sorted(set(self.any_character.findall(text))):
-            if reason := self.reason_of.get(character, self.other_reason):
-                found.append((reason, _shown(character)))
-        return found
+
+@lru_cache(maxsize=16)  # asked twice of a dropped row: for its reason, then for the statistics
+def find_forbidden(text: str, forbidden: Forbidden) -> tuple[tuple[str, str], ...]:
+    """(reason, matched string) of everything forbidden in the text, each once."""
+    strings, place = set(), 0
+    while match := forbidden.any_string.search(text, place):
+        strings |= forbidden.starts_of[match.group()]
+        place = match.start() + 1
+    found = [("ng string", string) for string in forbidden.strings if string in strings] if strings else []
+    for character in sorted(set(forbidden.any_character.findall(text))):
+        if reason := forbidden.reason_of.get(character, forbidden.other_reason):
+            found.append((reason, _shown(character)))
+    return tuple(found)
 
 
 def _shown(character: str) -> str:
@@ -648,8 +670,8 @@ def _shown(character: str) -> str:
 
 def broken_rules(texts: Mapping[str, str], forbidden: Forbidden) -> list[Problem]:
     """Every forbidden string or character in the texts of a row, in the order of REASONS."""
-    broken = [(reason, field, match) for field, text in texts.items() for reason, match in forbidden.find(text)]
-    return sorted(broken, key=lambda problem: REASONS.index(problem[0]))
+    found = [(reason, field, match) for field in texts for reason, match in find_forbidden(texts[field], forbidden)]
+    return sorted(found, key=lambda problem: REASONS.index(problem[0]))
 
 
 def not_japanese(texts: Mapping[str, str], percent: int) -> Problem | None:
@@ -762,6 +784,7 @@ def written_row(row: Mapping[str, Any], texts: Mapping[str, str], rules: FilterR
     return {**row, "instruction": texts["instruction"], "response": texts["response"]}
 
 
+@collector_paused()
 def filter_rows(
     rows: Sequence[dict[str, Any]], rules: FilterRules
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
