@@ -1,7 +1,6 @@
 """Section 1 of helpers.py: files, records, secrets."""
 
 import gzip
-import json
 import subprocess
 import sys
 
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 import helpers
 from helpers import RecipeError
 
+texts = st.text(st.characters(codec=None))  # half surrogate pairs, too
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
+    st.none() | st.booleans() | st.integers() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
@@ -36,9 +36,6 @@ def test_import_is_light():
 @given(rows=st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=4), min_size=1, max_size=5))
 def test_jsonl_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
-    # A lone surrogate cannot be written as UTF-8; the filter drops such rows before anything is written.
-    if any("\\ud" in json.dumps(row) for row in rows):
-        return
     assert helpers.write_jsonl(path, rows) == len(rows)
     assert list(helpers.read_jsonl(path)) == rows
 
