@@ -19,9 +19,8 @@ import numpy as np
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import helpers  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import helpers
 
 
 class Stage(PipelineStep):
@@ -30,9 +29,8 @@ class Stage(PipelineStep):
     def __init__(self, name, source, output_dir, rules) -> None:
         self.type, self.name, self.rules = "🔻 - FILTER", name, rules
         super().__init__()
-        self.files = sorted(
-            str(path) for path in Path(source).iterdir() if path.suffix in (".jsonl", ".gz", ".parquet")
-        )
+        paths = [path for end in (".jsonl", ".jsonl.gz", ".parquet") for path in Path(source).glob(f"*{end}")]
+        self.files = sorted(map(str, paths))
         self.output_dir, self.parts = Path(output_dir), Path(output_dir, "filter_parts")
 
     def run(self, data, rank=0, world_size=1):
@@ -42,7 +40,7 @@ class Stage(PipelineStep):
         yield from ()
 
     def total(self, name):
-        """The sums over all tasks: rows, and counts of characters."""
+        """Rows and counts of characters, summed over all tasks."""
         parts = [np.load(path) for path in self.parts.glob(f"{name}-*.npz")]
         return sum(int(part["rows"]) for part in parts), sum(part["counts"] for part in parts)
 
@@ -71,8 +69,8 @@ class Stage(PipelineStep):
             kept = (helpers.written_row(row, texts, self.rules) for _, row, texts in passed)
             helpers.write_jsonl(self.parts / f"filtered_magpie-{index:06}.jsonl", kept)
             helpers.write_jsonl(self.parts / f"dropped_magpie-{index:06}.jsonl", dropped)
-            reasons = ["kept"] * len(passed) + [record["reason"] for record in dropped]
-            helpers.write_jsonl(self.parts / f"reasons-{index:06}.jsonl", [Counter(reasons)])
+            reasons = Counter(record["reason"] for record in dropped)
+            helpers.write_jsonl(self.parts / f"reasons-{index:06}.jsonl", [{"kept": len(passed), **reasons}])
 
     def join(self, rank, files):
         for name in ("filtered_magpie", "dropped_magpie"):
@@ -89,13 +87,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN_FOLDER")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR")
-    parser.add_argument("--rules", default=str(ROOT / "data/filter_rules_reviewed.json"))
+    parser.add_argument("--rules", default=f"{sys.path[0]}/data/filter_rules_reviewed.json")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     options, executor = parser.parse_args(), None
-    if not Path(options.source).is_dir():
-        parser.error(f"{options.source}: no such folder")
     arguments = options.source, options.output_dir, helpers.load_rules(options.rules)
+    if not Stage("", *arguments).files:
+        parser.error(f"{options.source}: no folder with .jsonl, .jsonl.gz or .parquet files")
     for name, tasks in {**dict.fromkeys(("count", "judge", "write"), options.tasks), "join": 1}.items():
         stage, logs = Stage(name, *arguments), f"{options.output_dir}/logs/{name}"
         executor = LocalPipelineExecutor([stage], tasks, options.workers, logs, depends=executor)
