@@ -75,6 +75,27 @@ def test_missing_file():
         list(helpers.read_jsonl("nowhere.jsonl"))
 
 
+def test_load_rows_of_a_table_checks_keys_and_emptiness(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"input": ["一", "二", "三"]}), path)
+    assert helpers.load_rows(path, ("input",), max_rows=2) == [{"input": "一"}, {"input": "二"}]
+    assert helpers.load_rows(str(tmp_path), ("input",), max_rows=9)[2] == {"input": "三"}
+    with pytest.raises(RecipeError, match=r"rows\.parquet, row 1: key 'output' is missing; it has \['input'\]"):
+        helpers.load_rows(path, ("output",))
+    pq.write_table(pa.table({"input": pa.array([], pa.string())}), path)
+    with pytest.raises(RecipeError, match=r"rows\.parquet: the data set holds no rows"):
+        helpers.load_rows(path)
+
+
+def test_every_line_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\n\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
+    assert helpers.load_rows(str(tmp_path / "a.jsonl")) == [{"a": 1}, {"a": 2}]
+    assert helpers.load_rows(str(tmp_path / "a.jsonl"), max_rows=1) == [{"a": 1}]
+
+
 def test_load_rows_offline_hub_name_and_bad_name():
     with pytest.raises(RecipeError, match="hub data set cannot be read"):
         helpers.load_rows("nobody/no-such-dataset")
