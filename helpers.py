@@ -635,11 +635,10 @@ class Forbidden:
 
     def __init__(self, rules: FilterRules, rare: str = "") -> None:
         self.strings = [string for string in dict.fromkeys(rules.ng) if len(string) > 1]
-        # At one place several strings can stand only if the longest of them begins with the others.
+        # Where several strings begin at one place, the longest is found, and the others are beginnings of it.
         self.any_string = any_string(sorted(self.strings, key=len, reverse=True))
-        self.starts_of = {
-            string: {start for start in self.strings if string.startswith(start)} for string in self.strings
-        }
+        known = set(self.strings)
+        self.beginnings = {s: known.intersection(s[:end] for end in range(2, len(s) + 1)) for s in self.strings}
         single = [string for string in rules.ng if len(string) == 1]
         self.reason_of = {**dict.fromkeys(rare, "rare character"), **dict.fromkeys(single, "ng string")}
         self.other_reason = "not cp932" if rules.cp932_only else None
@@ -655,7 +654,7 @@ def find_forbidden(text: str, forbidden: Forbidden) -> tuple[tuple[str, str], ..
     """(reason, matched string) of everything forbidden in the text, each once."""
     strings, place = set(), 0
     while match := forbidden.any_string.search(text, place):
-        strings |= forbidden.starts_of[match.group()]
+        strings |= forbidden.beginnings[match.group()]
         place = match.start() + 1
     found = [("ng string", string) for string in forbidden.strings if string in strings] if strings else []
     for character in sorted(set(forbidden.any_character.findall(text))):
