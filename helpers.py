@@ -16,6 +16,7 @@ Only the standard library and numpy are imported here; heavy packages are import
 from __future__ import annotations
 
 import codecs
+import gc
 import gzip
 import hashlib
 import io
@@ -32,8 +33,8 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -54,94 +55,103 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of a `.jsonl` or `.jsonl.gz` file, without blank lines and byte order mark.
-
-    Raises RecipeError for a file that is missing, cannot be unpacked, or holds nothing.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file; check the path (relative paths start at the repository root)")
-    number = 0
-    empty = True
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not content.isspace():
-                    empty = False
-                    yield number, content
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise RecipeError(f"{path}, after line {number}: cannot be unpacked ({error}); fetch it again") from None
-    if empty:
-        raise RecipeError(f"{path}: the file holds no rows; was the step that writes it interrupted?")
-
-
-def parse_line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
-    """The JSON object on a line, exactly as `json.loads` reads it; RecipeError names file and line if there is none."""
-    import orjson
-
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector, which walks through all rows in memory again and again and finds nothing."""
+    gc.disable()
     try:
-        row = orjson.loads(line)
-        if type(row) is dict and _holds_float(row):  # orjson turns an integer of 20 digits or more into a float
-            row = json.loads(line)
-    except ValueError:
-        try:
-            row = json.loads(line)  # reads what orjson refuses: lone surrogates, NaN
-        except ValueError as error:
-            raise RecipeError(f"{path}, line {number}: not valid JSON ({error}); mend or delete the line") from None
-    if not isinstance(row, dict):
-        raise RecipeError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _holds_float(value: Any) -> bool:
-    for item in value.values() if type(value) is dict else value:
-        kind = type(item)
-        if kind is float or ((kind is dict or kind is list) and _holds_float(item)):
-            return True
-    return False
+        yield
+    finally:
+        gc.enable()
 
 
 def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON Lines file (`.jsonl` or `.jsonl.gz`, UTF-8); blank lines are skipped.
 
     Raises RecipeError naming file and line for a line that is not a JSON object or lacks a `required` key,
-    and for a file that is missing or holds no object at all.
+    and for a file that is missing, cannot be unpacked or holds no object at all.
+    """
+    path, required = Path(path), tuple(required)
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file; check the path (relative paths start at the repository root)")
+    number, empty = 0, True
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.removeprefix(codecs.BOM_UTF8).strip():
+                    continue
+                row = _parse_line(path, number, line)
+                check_keys(f"{path}, line {number}", row, required)
+                empty = False
+                yield row
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise RecipeError(f"{path}, after line {number}: cannot be unpacked ({error}); fetch it again") from None
+    if empty:
+        raise RecipeError(f"{path}: the file holds no rows; was the step that writes it interrupted?")
+
+
+def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:  # half a surrogate pair stays what it is: the filter names it
+        row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
+    except ValueError as error:
+        raise RecipeError(f"{path}, line {number}: not valid JSON ({error}); correct or delete the line") from None
+    if not isinstance(row, dict):
+        raise RecipeError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def check_keys(where: str, row: Mapping[str, Any], required: Iterable[str]) -> None:
+    """Raise RecipeError, beginning with `where`, if the row lacks a required key."""
+    for key in required:
+        if key not in row:
+            raise RecipeError(f"{where}: key {key!r} is missing; it has {sorted(row)}")
+
+
+@collector_paused()
+def load_rows(name: str, required: Iterable[str] = (), revision: str = "", max_rows: int = 0) -> list[dict[str, Any]]:
+    """Rows of a data set: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a folder of such files, or a hub repository.
+
+    Of a folder or hub repository (at the commit, tag or branch `revision`) the split "train" is read, or else its
+    first. `max_rows` 0 means all rows. Raises RecipeError for a row that lacks a `required` key, an empty data set and
+    one that cannot be read.
     """
     required = tuple(required)
-    for number, line in read_lines(path):
-        row = parse_line(path, number, line)
-        for key in required:
-            if key not in row:
-                raise RecipeError(f"{path}, line {number}: key {key!r} is missing; it has {sorted(row)}")
-        yield row
-
-
-def load_rows(name: str, required: Iterable[str] = (), revision: str = "") -> list[dict[str, Any]]:
-    """Rows of a data set: a `.jsonl` or `.jsonl.gz` file, or a hub repository (its split "train", or its first).
-
-    Raises RecipeError for a missing key, an empty set, and a hub repository that cannot be reached.
-    """
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return list(read_jsonl(name, required))
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise RecipeError(f"{name}: neither a .jsonl file nor a hub repository (owner/name)")
+        return list(islice(read_jsonl(name, required), max_rows or None))
+    rows = _read_parquet(name, max_rows) if name.endswith(".parquet") else _read_dataset(name, revision, max_rows)
+    if not rows:
+        raise RecipeError(f"{name}: the data set holds no rows")
+    for number, row in enumerate(rows, start=1):
+        check_keys(f"{name}, row {number}", row, required)
+    return rows
+
+
+def _read_parquet(name: str, max_rows: int) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(name).slice(0, max_rows or None).to_pylist()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{name}: the file cannot be read ({first_line(error)}); check the path") from None
+
+
+def _read_dataset(name: str, revision: str, max_rows: int) -> list[dict[str, Any]]:
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise RecipeError(
+            f"{name}: neither a .jsonl file nor a hub repository (owner/name); .jsonl.gz, .parquet and folders of such "
+            "files are read, too"
+        )
     from datasets import load_dataset
 
     try:
         splits = load_dataset(name, revision=revision or None)
-        rows = splits.get("train", next(iter(splits.values()))).to_list()
+        rows = splits.get("train", next(iter(splits.values())))
+        return rows.select(range(min(max_rows or len(rows), len(rows)))).to_list()
     except Exception as error:
         raise RecipeError(
             f"{name}: the hub data set cannot be read ({first_line(error)}); check the name, the network and, for a "
             "private one, the secret HF_TOKEN; or name a local .jsonl file"
         ) from None
-    for number, row in enumerate(rows, start=1):
-        for key in required:
-            if key not in row:
-                raise RecipeError(f"{name}, row {number}: key {key!r} is missing; it has {sorted(row)}")
-    return rows
 
 
 @contextmanager
@@ -160,12 +170,22 @@ def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
     part.replace(path)
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # str: for the dates in a .parquet file
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line as `json.dump(row, ensure_ascii=False)` does; returns the number of rows."""
+    """Write one JSON object per line as `json.dump(row, ensure_ascii=False)` does; returns the number of rows.
+
+    A row with half a surrogate pair, which UTF-8 cannot hold, is written with `\\u` escapes.
+    """
     count = 0
-    with atomic_write(path) as file:
+    with atomic_write(path, binary=True) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            try:
+                line = _to_json(row).encode()
+            except UnicodeEncodeError:
+                line = json.dumps(row, default=str).encode()
+            file.write(line + b"\n")
             count += 1
     return count
 
@@ -574,108 +594,113 @@ REASONS = (
     "unreadable",  # a control character or half a surrogate pair: cld2 or UTF-8 refuses it
     "not Japanese",  # cld2 finds too little Japanese
     "rare afterwards",  # a character that the rows kept so far hardly use
-    "near duplicate",  # almost the same text as an earlier row that is kept
 )
 Problem = tuple[str, str, str]  # (reason, field, matched string)
-_CODE_POINTS = 0x110000
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
-_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # the bytes of json.dump(row, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
-class FilterSettings:
-    """Everything that decides which rows are kept. The defaults are the filter of 2024; notebook 02 explains each."""
+class FilterRules:
+    """A rules file: everything that decides which rows are kept. Numbers and switches default to those of 2024.
 
-    replacements: tuple[tuple[str, str], ...] = ()
-    ng: tuple[str, ...] = ()
-    rare_below: int = 20
-    rare_after_below: int = 10
-    japanese_percent: int = 60
-    rare_share: float = 0.0
-    all_turns: bool = False
-    clean_conversations: bool = False
-    nfc: bool = False
-    cp932_only: bool = False
-    near_duplicates: float = 0.0
+    Raises RecipeError for a value of the wrong type or outside its range.
+    """
+
+    replacements: tuple[tuple[str, str], ...]  # (old, new): applied one after the other to every text
+    ng: tuple[str, ...]  # a row that holds one of these strings is dropped
+    rare_below: int = 20  # drop rows with a character that occurs fewer times than this in all rows; 0 is off
+    rare_after_below: int = 10  # the same once more, counted over the rows that passed all other rules; 0 is off
+    rare_share: float = 0.0  # instead of both counts: a character that less than this share of all rows holds; 0 is off
+    japanese_percent: int = 60  # the least share of Japanese, in percent of bytes, that cld2 must find in each text
+    all_turns: bool = False  # judge every turn, not only the first question and the first answer
+    clean_conversations: bool = False  # apply the replacements to the column `conversations`, too
+    nfc: bool = False  # bring all text to Unicode NFC first, so that か + ゛ counts as が
+    cp932_only: bool = False  # drop rows with a character that Japanese Windows (cp932) cannot write
+
+    def __post_init__(self) -> None:
+        _check_rules(self)
+        # A key or string in another Unicode form than the text would never be found in it.
+        pairs = tuple((self.normal(old), self.normal(new)) for old, new in self.replacements)
+        object.__setattr__(self, "replacements", pairs)
+        object.__setattr__(self, "ng", tuple(map(self.normal, self.ng)))
 
     @property
     def rare_after(self) -> int:
-        """The second count's limit; `rare_share` takes the place of both counts."""
+        """The limit of the second count; `rare_share` takes the place of both counts."""
         return 0 if self.rare_share else self.rare_after_below
 
+    @cached_property
+    def any_key(self) -> re.Pattern:
+        """Finds out whether a text holds anything that is to be replaced."""
+        return any_string(old for old, _ in self.replacements)
 
-def load_filter_rules(path: str | Path) -> dict[str, tuple]:
-    """`replacements` ((old, new), ...) and `ng` strings of a rules file, in its order, ready for FilterSettings."""
-    try:
-        rules = json.loads(Path(path).read_text(encoding="utf-8"))
-        replacements = tuple((old, new) for old, new in rules["replacements"])
-        ng = tuple(rules["ng"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f'{path}: not a rules file ({error}); it needs "replacements": [[old, new], ...] and "ng": [...]'
-        ) from None
-    strings = [text for pair in replacements for text in pair] + list(ng)
-    if not all(isinstance(text, str) for text in strings) or "" in (*ng, *(old for old, _ in replacements)):
-        raise RecipeError(f"{path}: every rule must be a string, and none may be empty (an empty one is in every text)")
-    return {"replacements": replacements, "ng": ng}
+    def normal(self, text: str) -> str:
+        """The text in the Unicode form in which it is judged."""
+        return unicodedata.normalize("NFC", text) if self.nfc else text
 
 
-class Shard(NamedTuple):
-    """Some rows of the input as they were read: (number, JSON) for each, numbered from 1 (in JSON Lines by line)."""
+def _check_rules(rules: FilterRules) -> None:
+    def wrong(name: str, wanted: str) -> RecipeError:
+        return RecipeError(f"{name} is {str(getattr(rules, name))[:60]!r}; it must be {wanted}")
 
-    source: str
-    lines: list[tuple[int, bytes]]
+    def filled(text: Any) -> bool:  # an empty string is in every text
+        return isinstance(text, str) and text != ""
 
-    def digest(self) -> bytes:
-        sha = hashlib.sha256()
-        for number, line in self.lines:
-            sha.update(b"%d " % number)
-            sha.update(line)
-        return sha.digest()
+    pairs = rules.replacements if isinstance(rules.replacements, (list, tuple)) else [None]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise wrong("replacements", "a list of pairs [old, new]")
+    if not all(filled(old) and isinstance(new, str) for old, new in pairs):
+        raise wrong("replacements", "pairs of strings, and what is to be replaced must not be empty")
+    if not isinstance(rules.ng, (list, tuple)) or not all(map(filled, rules.ng)):
+        raise wrong("ng", "a list of strings, none of them empty")
+    for name, most in {"rare_below": None, "rare_after_below": None, "japanese_percent": 100}.items():
+        value = getattr(rules, name)
+        if type(value) is not int or value < 0 or (most and value > most):
+            raise wrong(name, "a whole number" + (f" from 0 to {most}" if most else ", 0 or more"))
+    if type(rules.rare_share) not in (int, float) or not 0 <= rules.rare_share < 1:
+        raise wrong("rare_share", "a number from 0 to below 1 (0.00015 is 15 rows in 100,000)")
+    for name in ("all_turns", "clean_conversations", "nfc", "cp932_only"):
+        if type(getattr(rules, name)) is not bool:
+            raise wrong(name, "true or false")
 
 
-def read_shards(dataset: str, revision: str = "", max_rows: int = 0, shard_rows: int = 2000) -> Iterator[Shard]:
-    """Cut a data set into shards: a `.jsonl`, `.jsonl.gz` or `.parquet` file, or the train split of a hub data set.
+def load_rules(path: str | Path) -> FilterRules:
+    """The filter that a rules file describes: a JSON object with every field of FilterRules and, if you like, `source`.
 
-    `max_rows` 0 means all rows. Raises RecipeError where there is nothing that can be read.
+    Raises RecipeError naming the file for one that cannot be read, an unknown or missing key and a wrong value.
     """
-    if dataset.endswith((".jsonl", ".jsonl.gz")):
-        lines = read_lines(dataset)
-    else:
-        lines = enumerate(map(_json_bytes, _table_rows(dataset, revision)), start=1)
-    lines = islice(lines, max_rows or None)
-    while shard := list(islice(lines, shard_rows)):
-        yield Shard(dataset, shard)
-
-
-def _table_rows(dataset: str, revision: str) -> Iterator[dict[str, Any]]:
     try:
-        if dataset.endswith(".parquet"):
-            import pyarrow.parquet as pq
-
-            tables = pq.ParquetFile(dataset).iter_batches(batch_size=2000)
-        else:
-            from datasets import load_dataset
-
-            tables = load_dataset(dataset, revision=revision or None, split="train").with_format("arrow").iter(2000)
-        for table in tables:
-            yield from table.to_pylist()
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{dataset}: cannot be read ({str(error).splitlines()[0]}); give a .jsonl, .jsonl.gz or .parquet file,"
-            " or the id of a hub data set that the network reaches"
-        ) from None
-
-
-def _json_bytes(row: Mapping[str, Any]) -> bytes:
-    text = _to_json(row)
+        raise RecipeError(f"{path}: the rules file cannot be read ({first_line(error)})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a rules file holds one JSON object, found {type(values).__name__}")
+    values.pop("source", None)
+    known = [field.name for field in fields(FilterRules)]
+    for problem, keys in (("unknown", values.keys() - set(known)), ("missing", set(known) - values.keys())):
+        if keys:
+            raise RecipeError(f"{path}: {problem} key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
     try:
-        return text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
-        return json.dumps(row, default=str).encode()
+        return FilterRules(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
-def judged_texts(row: Mapping[str, Any], settings: FilterSettings) -> tuple[dict[str, str], Problem | None]:
+def any_string(strings: Iterable[str]) -> re.Pattern:
+    """A pattern that matches where one of the strings stands; one that never matches if there are none."""
+    return re.compile("|".join(map(re.escape, strings)) or r"(?!)")
+
+
+def any_character(characters: Iterable[str]) -> re.Pattern:
+    """A pattern that finds these characters, at the same speed however many there are.
+
+    It also finds every character beyond U+FFFF (emoji, rare kanji), where a class of many would be slow: look it up.
+    """
+    basic = "".join(character for character in characters if character <= "\uffff")
+    return re.compile(f"[{re.escape(basic)}\U00010000-\U0010ffff]")
+
+
+def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str], Problem | None]:
     """The texts of a row that the rules read, by field, and what is wrong with its form.
 
     `instruction` is the first user turn and `response` the first assistant turn, "" where missing; with `all_turns`
@@ -684,137 +709,105 @@ def judged_texts(row: Mapping[str, Any], settings: FilterSettings) -> tuple[dict
     conversations = row.get("conversations")
     if not isinstance(conversations, list):
         return {}, ("malformed", "conversations", type(conversations).__name__)
-    turns: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for number, turn in enumerate(conversations, start=1):
         if not isinstance(turn, dict) or "role" not in turn:
             return {}, ("malformed", f"turn {number}", type(turn).__name__)
         field = "instruction" if turn["role"] == "user" else "response" if turn["role"] == "assistant" else None
-        if field is None or field in turns:
-            if not settings.all_turns:
+        if field is None or field in texts:
+            if not rules.all_turns:
                 continue
             field = f"turn {number}"
         content = turn.get("content")
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
-        turns[field] = _normal(content, settings)
-        if len(turns) == 2 and not settings.all_turns:
-            break  # like 2024, which never looks at what follows
-    texts = {"instruction": turns.pop("instruction", None), "response": turns.pop("response", None), **turns}
+        texts[field] = rules.normal(content)
+        if len(texts) == 2 and not rules.all_turns:
+            break  # as in 2024, which never looks at what follows
     problem = None
     for field in ("response", "instruction"):
-        if texts[field] is None:
-            texts[field] = ""
+        if field not in texts:
             problem = problem or ("missing turn", field, "")
         elif not texts[field].strip():
             problem = problem or ("empty", field, "")
-    return texts, problem
+    return {"instruction": texts.pop("instruction", ""), "response": texts.pop("response", ""), **texts}, problem
 
 
-def _normal(text: str, settings: FilterSettings) -> str:
-    return unicodedata.normalize("NFC", text) if settings.nfc else text
+def count_characters(texts_of_rows: Iterable[Mapping[str, str]], rules: FilterRules) -> np.ndarray:
+    """How often each character occurs in the texts; with `rare_share`, how many rows hold it.
 
-
-def code_points(texts: Sequence[str]) -> np.ndarray:
-    """All characters of the texts, one after the other, as uint32 code points."""
-    return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def count_characters(shard: Shard, settings: FilterSettings) -> tuple[np.ndarray, np.ndarray]:
-    """The code points in a shard and how often each occurs: two arrays of equal length.
-
-    Counted over `response + " " + instruction` of each row before any replacement, as in 2024; with `rare_share`
-    the number of rows that hold the character.
+    The count of a character stands at its code point; the array has `sys.maxunicode` + 1 places.
     """
-    rows = [list(judged_texts(parse_line(shard.source, *line), settings)[0].values()) for line in shard.lines]
-    codes = code_points([text for texts in rows for text in texts])
-    if not settings.rare_share:
-        counts = np.bincount(codes, minlength=ord(" ") + 1)
-        counts[ord(" ")] += sum(map(bool, rows))
-        return np.flatnonzero(counts), counts[counts > 0]
-    present = np.flatnonzero(np.bincount(codes))
-    column = np.zeros(_CODE_POINTS, np.int32)
-    column[present] = np.arange(len(present))
-    holds = np.zeros((len(rows), len(present)), bool)
-    holds[np.repeat(np.arange(len(rows)), [sum(map(len, texts)) for texts in rows]), column[codes]] = True
-    return present, holds.sum(axis=0)
+    counts = np.zeros(sys.maxunicode + 1, np.int64)
+    for texts in texts_of_rows:
+        codes = np.frombuffer("".join(texts.values()).encode("utf-32-le", "surrogatepass"), np.uint32)
+        if rules.rare_share:
+            counts[codes] += 1  # numpy adds 1 once, however often an index is repeated
+        elif texts:
+            np.add.at(counts, codes, 1)
+            counts[ord(" ")] += 1  # 2024 counted `response + " " + instruction`
+    return counts
 
 
-class FilterRules:
-    """The rules of a run, compiled into tables: one over Unicode for characters, one for how the strings begin."""
+def rare_characters(counts: np.ndarray, limit: float) -> str:
+    """The characters that occur, but fewer times than `limit`, in the order of their code points."""
+    return "".join(map(chr, np.flatnonzero((counts > 0) & (counts < limit)).tolist()))
 
-    def __init__(self, settings: FilterSettings, rare: str) -> None:
-        self.settings = settings
-        self.reason_of = np.zeros(_CODE_POINTS, np.uint8)  # index in REASONS, 0 for an allowed character
-        if settings.cp932_only:
-            self.reason_of[:] = REASONS.index("not cp932")
-            writable = "".join(c for c in map(chr, range(0x10000)) if c.encode("cp932", "ignore"))
-            self.reason_of[code_points([writable])] = 0
-        for reason, characters in (("rare character", rare), ("ng string", [c for c in settings.ng if len(c) == 1])):
-            self.reason_of[[ord(character) for character in characters]] = REASONS.index(reason)
 
-        self.strings = [text for text in dict.fromkeys(settings.ng) if len(text) > 1]
-        self.keys = {old for old, _ in settings.replacements}
-        self.by_head: dict[str, list[str]] = {}
-        self.may_begin = np.zeros(1 << 16, bool)  # by a hash of two characters: may a string begin with them?
-        self.is_key = np.zeros(_CODE_POINTS, bool)  # replacements of one character
-        for string in sorted({*self.strings, *self.keys}, key=len):
-            # A string of one character is looked for wherever a longer one begins with it, too.
-            self.by_head.setdefault(string[:2], list(self.by_head.get(string[0], ()))).append(string)
-            self.may_begin[self._pair_hash(code_points([string[:2]]))] = True
-            self.is_key[ord(string[0])] |= len(string) == 1
+def first_limit(rows: int, rules: FilterRules) -> float:
+    """The count below which a character is rare among `rows` rows."""
+    return rules.rare_share * rows if rules.rare_share else rules.rare_below
 
-    @staticmethod
-    def _pair_hash(codes: np.ndarray) -> np.ndarray:
-        return (codes[:-1] * np.uint32(0x9E37) + codes[1:]) & np.uint32(0xFFFF)
 
-    def clean(self, text: str) -> str:
-        """The text after the replacements, one after the other in their order."""
-        for old, new in self.settings.replacements:
+def replace_strings(text: str, rules: FilterRules) -> str:
+    """The text after the replacements, one after the other: a later one sees what an earlier one wrote."""
+    if rules.any_key.search(text):  # most texts hold nothing to replace, and one search is faster than 28
+        for old, new in rules.replacements:
             text = text.replace(old, new)
-        return text
-
-    def apply(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, dict[int, list[tuple[str, str]]]]:
-        """Clean texts and find what forbids them.
-
-        Returns the cleaned texts, all their code points one after the other, and by index of a text the
-        (reason, matched string) of every rule it breaks.
-        """
-        texts = list(texts)
-        codes, found = self._occurring(texts)
-        if changed := [index for index, strings in found.items() if not self.keys.isdisjoint(strings)]:
-            for index in changed:
-                texts[index] = self.clean(texts[index])
-            _, again = self._occurring([texts[index] for index in changed])
-            found.update({index: again[place] for place, index in enumerate(changed)})
-            codes = code_points(texts)
-        hits = defaultdict(list)
-        for index, strings in found.items():
-            hits[index] += [("ng string", string) for string in self.strings if string in strings]
-        at = np.flatnonzero(self.reason_of[codes])
-        owner = np.searchsorted(np.cumsum([len(text) for text in texts]), at, side="right")
-        for pair in np.unique(owner << 21 | codes[at]).tolist():  # a code point has 21 bits
-            code = pair & 0x1FFFFF
-            hits[pair >> 21].append((REASONS[self.reason_of[code]], _character(code)))
-        return texts, codes, hits
-
-    def _occurring(self, texts: Sequence[str]) -> tuple[np.ndarray, defaultdict[int, set[str]]]:
-        """The code points of the texts, and by index of a text the strings (NG or to be replaced) that occur in it."""
-        joined, codes, ends = "".join(texts), code_points(texts), np.cumsum([len(text) for text in texts])
-        begins = self.is_key[codes]
-        begins[:-1] |= self.may_begin[self._pair_hash(codes)]
-        at = np.flatnonzero(begins)
-        owner = np.searchsorted(ends, at, side="right")
-        found = defaultdict(set)
-        for start, index, end in zip(at.tolist(), owner.tolist(), ends[owner].tolist(), strict=True):
-            head = joined[start : start + 2]
-            for text in self.by_head.get(head) or self.by_head.get(head[0], ()):
-                if joined.startswith(text, start, end):
-                    found[index].add(text)
-        return codes, found
+    return text
 
 
-def _character(code: int) -> str:
-    return f"U+{code:04X}" if 0xD800 <= code <= 0xDFFF else chr(code)  # half a surrogate pair cannot be written
+class Forbidden:
+    """What no text may hold, ready to be searched for: NG strings, `rare` characters, and those outside cp932."""
+
+    def __init__(self, rules: FilterRules, rare: str = "") -> None:
+        self.strings = [string for string in dict.fromkeys(rules.ng) if len(string) > 1]
+        # Where several strings begin at one place, the longest is found, and the others are beginnings of it.
+        self.any_string = any_string(sorted(self.strings, key=len, reverse=True))
+        known = set(self.strings)
+        self.beginnings = {s: known.intersection(s[:end] for end in range(2, len(s) + 1)) for s in self.strings}
+        single = [string for string in rules.ng if len(string) == 1]
+        self.reason_of = {**dict.fromkeys(rare, "rare character"), **dict.fromkeys(single, "ng string")}
+        self.other_reason = "not cp932" if rules.cp932_only else None
+        if rules.cp932_only:
+            writable = {c for c in map(chr, range(0x10000)) if c.encode("cp932", "ignore")}
+            self.any_character = re.compile(f"[^{re.escape(''.join(writable - self.reason_of.keys()))}]")
+        else:
+            self.any_character = any_character(self.reason_of)
+
+
+@lru_cache(maxsize=16)  # asked twice of a dropped row: for its reason, then for the statistics
+def find_forbidden(text: str, forbidden: Forbidden) -> tuple[tuple[str, str], ...]:
+    """(reason, matched string) of everything forbidden in the text, each once."""
+    strings, place = set(), 0
+    while match := forbidden.any_string.search(text, place):
+        strings |= forbidden.beginnings[match.group()]
+        place = match.start() + 1
+    found = [("ng string", string) for string in forbidden.strings if string in strings] if strings else []
+    for character in sorted(set(forbidden.any_character.findall(text))):
+        if reason := forbidden.reason_of.get(character, forbidden.other_reason):
+            found.append((reason, _shown(character)))
+    return tuple(found)
+
+
+def _shown(character: str) -> str:
+    return f"U+{ord(character):04X}" if "\ud800" <= character <= "\udfff" else character  # half a surrogate pair
+
+
+def broken_rules(texts: Mapping[str, str], forbidden: Forbidden) -> list[Problem]:
+    """Every forbidden string or character in the texts of a row, in the order of REASONS."""
+    found = [(reason, field, match) for field in texts for reason, match in find_forbidden(texts[field], forbidden)]
+    return sorted(found, key=lambda problem: REASONS.index(problem[0]))
 
 
 def not_japanese(texts: Mapping[str, str], percent: int) -> Problem | None:
@@ -838,271 +831,155 @@ def not_japanese(texts: Mapping[str, str], percent: int) -> Problem | None:
     return None
 
 
-@lru_cache(maxsize=1)
-def _compiled(settings: FilterSettings, rare: str) -> FilterRules:
-    return FilterRules(settings, rare)
+def judge(texts: Mapping[str, str], rules: FilterRules, forbidden: Forbidden) -> Problem | None:
+    """Why a row with these texts (after the replacements) is dropped: (reason, field, matched string); None keeps it.
 
-
-def filter_shard(shard: Shard, settings: FilterSettings, rare: str) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
-    """Judge the rows of a shard by every rule that needs no second look at the whole data set.
-
-    Returns statistics for `finish_filter` (a JSON object), the lines of the rows kept, and those of the rows dropped.
+    The language is asked last: cld2 is slow, and its percentage overlooks a short foreign tail.
     """
-    rules = _compiled(settings, rare)
-    rows = [parse_line(shard.source, *line) for line in shard.lines]
-    judged = [judged_texts(row, settings) for row in rows]
-    owners = [index for index, (texts, _) in enumerate(judged) for _ in texts]
-    fields = [field for texts, _ in judged for field in texts]
-    cleaned, codes, found = rules.apply([text for texts, _ in judged for text in texts.values()])
-    hits = defaultdict(list)
-    for text, (index, field) in enumerate(zip(owners, fields, strict=True)):
-        judged[index][0][field] = cleaned[text]
-        if text in found:
-            hits[index] += [(reason, field, match) for reason, match in found[text]]
-
-    kept, dropped, numbers, place = [], [], [], np.full(len(rows), -1)
-    reasons, broken_by, only_by = Counter(), Counter(), Counter()
-    for index, ((number, line), row, (texts, malformed)) in enumerate(zip(shard.lines, rows, judged, strict=True)):
-        problem, also = malformed, []
-        if not problem and hits[index]:
-            broken = sorted(hits[index], key=lambda hit: REASONS.index(hit[0]))
-            problem = broken[0]
-            named = list(dict.fromkeys((reason, match) for reason, _, match in broken))
-            also = [match for _, match in named[1:]]
-            broken_by.update(named)
-            if not also and not not_japanese(texts, settings.japanese_percent):
-                only_by.update(named)
-        problem = problem or not_japanese(texts, settings.japanese_percent)
-        if not problem:
-            try:
-                kept.append(_to_json(_written_row(row, texts, rules)).encode() + b"\n")
-                place[index] = len(numbers)
-                numbers.append(number)
-                continue
-            except UnicodeEncodeError:
-                problem = ("unreadable", "another turn or column", "half a surrogate pair")
-        reasons[problem[0]] += 1
-        dropped.append(_dropped_line(number, problem, also, line.strip()))
-
-    # A character that few of these rows hold may turn out rare among all rows kept: note which rows hold it.
-    place = np.repeat(place[owners], [len(text) for text in cleaned])
-    codes, place = codes[place >= 0], place[place >= 0]
-    counts = np.bincount(codes, minlength=ord(" ") + 1)
-    counts[ord(" ")] += len(kept)
-    few = np.flatnonzero((counts < settings.rare_after)[codes])
-    holders = defaultdict(list)
-    for pair in np.unique(codes[few].astype(np.int64) << 32 | place[few]).tolist():
-        holders[pair >> 32].append(pair & 0xFFFFFFFF)
-    statistics = {
-        "kept": numbers,
-        "reasons": reasons,
-        "rules": [[*rule, rows, only_by[rule]] for rule, rows in broken_by.items()],
-        "characters": {code: int(counts[code]) for code in np.flatnonzero(counts).tolist()},
-        "holders": holders,
-    }
-    return statistics, kept, dropped
+    broken = broken_rules(texts, forbidden)
+    return broken[0] if broken else not_japanese(texts, rules.japanese_percent)
 
 
-def _written_row(row: dict[str, Any], judged: Mapping[str, str], rules: FilterRules) -> dict[str, Any]:
-    """All columns of the row, then the two fields; `conversations` as it was, unless it is to be cleaned as well."""
-    if rules.settings.clean_conversations:
-        turns = [
-            {**turn, "content": rules.clean(_normal(turn["content"], rules.settings))}
+class Passed(NamedTuple):
+    """A row that passed every rule but the last: its number, the row as it came in, and its texts as judged."""
+
+    number: int
+    row: dict[str, Any]
+    texts: dict[str, str]
+
+
+def judge_rows(
+    rows: Iterable[dict[str, Any]], rules: FilterRules, rare: str
+) -> tuple[list[Passed], list[dict[str, Any]], dict[tuple[str, str], list[int]]]:
+    """Apply every rule that needs no second look at the whole data set; `rare` characters are forbidden.
+
+    Returns the rows that passed; a record of each dropped row: number from 1, reason, field, match, what else of the
+    forbidden it holds (`also`), and the row as it came in; and for each (reason, match) how many rows hold it and how
+    many of them no other rule would have dropped.
+    """
+    forbidden = Forbidden(rules, rare)
+    passed, dropped, hits = [], [], defaultdict(lambda: [0, 0])
+    for number, row in enumerate(rows, start=1):
+        texts, problem = row_texts(row, rules)
+        texts = {field: replace_strings(text, rules) for field, text in texts.items()}
+        problem = problem or judge(texts, rules, forbidden) or _unwritable(row)
+        if problem is None:
+            passed.append(Passed(number, row, texts))
+            continue
+        broken = []
+        if problem[0] in ("ng string", "rare character", "not cp932"):
+            broken = list(dict.fromkeys((reason, match) for reason, _, match in broken_rules(texts, forbidden)))
+        only = len(broken) == 1 and not not_japanese(texts, rules.japanese_percent)
+        for rule in broken:
+            hits[rule][0] += 1
+            hits[rule][1] += only
+        dropped.append(dropped_record(number, problem, row, [match for _, match in broken[1:]]))
+    return passed, dropped, hits
+
+
+def dropped_record(number: int, problem: Problem, row: Mapping[str, Any], also: Sequence[str] = ()) -> dict[str, Any]:
+    """What `dropped_magpie.jsonl` says of a row."""
+    reason, field, match = problem
+    return {"number": number, "reason": reason, "field": field, "match": match, "also": list(also), "row": row}
+
+
+def _unwritable(row: Mapping[str, Any]) -> Problem | None:
+    try:
+        _to_json(row).encode()
+    except UnicodeEncodeError:
+        return "unreadable", "another turn or column", "half a surrogate pair"
+    return None
+
+
+def drop_rare_afterwards(passed: Iterable[Passed], rare: str) -> tuple[list[Passed], list[dict[str, Any]]]:
+    """Drop the rows that hold one of the `rare` characters: once, as in 2024, not until nothing changes any more."""
+    kept, dropped, pattern = [], [], any_character(rare)
+    for number, row, texts in passed:
+        held = {c: field for field in reversed(texts) for c in pattern.findall(texts[field]) if c in rare}
+        if held:
+            worst = max(held)
+            dropped.append(dropped_record(number, ("rare afterwards", held[worst], worst), row))
+        else:
+            kept.append(Passed(number, row, texts))
+    return kept, dropped
+
+
+def written_row(row: Mapping[str, Any], texts: Mapping[str, str], rules: FilterRules) -> dict[str, Any]:
+    """A row as it is kept: all its columns, then `instruction` and `response` after the replacements.
+
+    The column `conversations` stays as it was, unless `clean_conversations` applies the replacements to it as well.
+    """
+    row = {**row}
+    if rules.clean_conversations:
+        row["conversations"] = [
+            {**turn, "content": replace_strings(rules.normal(turn["content"]), rules)}
             if isinstance(turn, dict) and isinstance(turn.get("content"), str)
             else turn
             for turn in row["conversations"]
         ]
-        row = {**row, "conversations": turns}
-    return {**row, "instruction": judged["instruction"], "response": judged["response"]}
+    return {**row, "instruction": texts["instruction"], "response": texts["response"]}
 
 
-def _dropped_line(number: int, problem: Problem, also: list[str], line: bytes) -> bytes:
-    import orjson
+@collector_paused()
+def filter_rows(
+    rows: Sequence[dict[str, Any]], rules: FilterRules
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Filter the rows of a data set: count the characters, then judge every row.
 
-    reason, field, match = problem
-    head = orjson.dumps({"number": number, "reason": reason, "field": field, "match": match, "also": also})
-    return head[:-1] + b',"row":' + line + b"}\n"
-
-
-def rare_characters(rows: int, counts: np.ndarray, settings: FilterSettings) -> str:
-    """The characters that occur, but fewer than `rare_below` times, or in less than a `rare_share` of all rows."""
-    limit = settings.rare_share * rows if settings.rare_share else settings.rare_below
-    return "".join(map(chr, np.flatnonzero((counts > 0) & (counts < limit)).tolist()))
-
-
-def save_shard(path: Path, shard: Shard, settings: FilterSettings, rare: str) -> int:
-    """Filter a shard into a file that appears only when complete: statistics, rows kept, rows dropped.
-
-    Returns the number of rows.
+    Returns the rows kept (see `written_row`), a record of every dropped row (see `judge_rows`), and the report.
     """
-    statistics, kept, dropped = filter_shard(shard, settings, rare)
-    part = path.with_suffix(".part")
-    part.write_bytes(b"".join([_json_bytes(statistics), b"\n", *kept, *dropped]))
-    part.replace(path)
-    return len(shard.lines)
+    from tqdm import tqdm
+
+    began = time.perf_counter()
+    counts = count_characters((row_texts(row, rules)[0] for row in rows), rules)
+    rare = rare_characters(counts, first_limit(len(rows), rules))
+    passed, dropped, hits = judge_rows(tqdm(rows, "filter", unit=" rows", mininterval=1), rules, rare)
+
+    counts_after = count_characters((texts for _, _, texts in passed), rules)
+    rare_after = rare_characters(counts_after, rules.rare_after)
+    passed, late = drop_rare_afterwards(passed, rare_after)
+    kept = [written_row(row, texts, rules) for _, row, texts in passed]
+    dropped = sorted(dropped + late, key=lambda record: record["number"])
+    report = {
+        "settings": asdict(rules),
+        **filter_counts(len(rows), len(kept), Counter(record["reason"] for record in dropped)),
+        "rules": [
+            {"reason": reason, "match": match, "rows": held, "only": only}
+            for (reason, match), (held, only) in sorted(hits.items(), key=lambda rule: (-rule[1][1], -rule[1][0]))
+        ],
+        "rare_characters": {_shown(character): int(counts[ord(character)]) for character in rare},
+        "rare_afterwards": {character: int(counts_after[ord(character)]) for character in rare_after},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    return kept, dropped, report
 
 
-def finish_filter(paths: Sequence[Path], output_dir: str | Path, settings: FilterSettings) -> dict[str, Any]:
-    """Join filtered shards, in their order, into `filtered_magpie.jsonl` and `dropped_magpie.jsonl`.
+def filter_counts(rows_in: int, rows_kept: int, reasons: Mapping[str, int]) -> dict[str, Any]:
+    """The counts of a filter's report: rows in, kept and dropped, `reasons`, and the rows left after each step.
 
-    Drops rows with characters that the rows kept hardly use (once, as in 2024) and near duplicates. Returns the
-    report: funnel, reasons, rules, rare characters. Raises AssertionError if a row were lost.
+    Raises AssertionError if a row were lost.
     """
-    characters, reasons, rules, rows_in = Counter(), Counter(), defaultdict(lambda: [0, 0]), 0
-    for path in paths:
-        with open(path, "rb") as file:
-            shard = json.loads(file.readline())
-        characters.update(shard["characters"])
-        reasons.update(shard["reasons"])
-        rows_in += len(shard["kept"]) + sum(shard["reasons"].values())
-        for reason, match, rows, only in shard["rules"]:
-            rules[reason, match][0] += rows
-            rules[reason, match][1] += only
-    rare = {chr(int(code)): count for code, count in characters.items() if count < settings.rare_after}
-    find_duplicate = _near_duplicates(settings.near_duplicates) if settings.near_duplicates else None
-
-    output_dir = Path(output_dir)
-    rows_kept = rows_dropped = 0
-    with (
-        atomic_write(output_dir / "filtered_magpie.jsonl", binary=True) as kept_file,
-        atomic_write(output_dir / "dropped_magpie.jsonl", binary=True) as dropped_file,
-    ):
-        for path in paths:
-            with open(path, "rb") as file:
-                shard = json.loads(file.readline())
-                holders = ((chr(int(code)), places) for code, places in shard["holders"].items())
-                held = {place: character for character, places in holders if character in rare for place in places}
-                for place, (number, line) in enumerate(zip(shard["kept"], file, strict=False)):
-                    problem = None
-                    if place in held:
-                        texts = judged_texts(json.loads(line), settings)[0]
-                        field = next((field for field, text in texts.items() if held[place] in text), "instruction")
-                        problem = ("rare afterwards", field, held[place])
-                    elif find_duplicate and (first := find_duplicate(number, json.loads(line))):
-                        problem = ("near duplicate", "instruction and response", f"row {first}")
-                    if problem:
-                        reasons[problem[0]] += 1
-                        rows_dropped += 1
-                        dropped_file.write(_dropped_line(number, problem, [], line.strip()))
-                    else:
-                        rows_kept += 1
-                        kept_file.write(line)
-                for line in file:
-                    rows_dropped += 1
-                    dropped_file.write(line)
+    rows_dropped = sum(reasons.values())
     assert rows_in == rows_kept + rows_dropped, f"{rows_in} rows in, {rows_kept} kept, {rows_dropped} dropped"
-
-    funnel, left = [{"step": "rows in", "rows": rows_in}], rows_in
-    for reason in REASONS:
-        if reasons[reason]:
-            left -= reasons[reason]
-            funnel.append({"step": reason, "rows": left})
+    reasons = {reason: reasons[reason] for reason in REASONS if reasons.get(reason)}
+    left = rows_in - np.cumsum([0, *reasons.values()])
     return {
         "rows_in": rows_in,
         "rows_kept": rows_kept,
         "rows_dropped": rows_dropped,
-        "reasons": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
-        "funnel": funnel,
-        "rules": [
-            {"reason": reason, "match": match, "rows": rows, "only": only}
-            for (reason, match), (rows, only) in sorted(rules.items(), key=lambda rule: (-rule[1][1], -rule[1][0]))
-        ],
-        "rare_afterwards": rare,
+        "reasons": reasons,
+        "funnel": [{"step": step, "rows": int(rows)} for step, rows in zip(("rows in", *reasons), left, strict=True)],
     }
 
 
-def _near_duplicates(threshold: float) -> Callable[[int, Mapping[str, str]], int]:
-    """A function that returns the number of the first row with almost the same text, or remembers the row (returns 0).
-
-    Estimated Jaccard similarity of the sets of 5 characters in a row, by MinHash with 128 permutations (rensa).
-    """
-    from rensa import RMinHash, RMinHashDeduplicator
-
-    # 32 bands find nearly every pair down to a similarity of 0.6; rensa's own choice misses half of those at 0.94.
-    seen, numbers = RMinHashDeduplicator(threshold, 128, True, 32), []
-
-    def find(number: int, row: Mapping[str, str]) -> int:
-        text = row["instruction"] + "\n" + row["response"]
-        signature = RMinHash(num_perm=128, seed=42)
-        signature.update([text[i : i + 5] for i in range(max(1, len(text) - 4))])
-        if earlier := seen.get_duplicates(signature):
-            return numbers[min(map(int, earlier))]
-        seen.add(str(len(numbers)), signature)
-        numbers.append(number)
-        return 0
-
-    return find
-
-
-def run_filter(
-    dataset: str,
-    output_dir: str | Path,
-    settings: FilterSettings,
-    *,
-    revision: str = "",
-    max_rows: int = 0,
-    num_proc: int = 1,
-    shard_rows: int = 2000,
-) -> dict[str, Any]:
-    """Filter a data set (see `read_shards`) into `output_dir`; returns the report that it writes as filter_report.json.
-
-    Two passes: count the characters, then judge the rows, both over shards of `shard_rows` rows in `num_proc`
-    processes. Each finished shard is a file below `filter_shards/`, named by a hash of its rows, the settings and this
-    module; a run that was interrupted goes on from there. The folder is removed when the final files are complete.
-    """
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
-    from tqdm import tqdm
-
+def save_filtered(
+    output_dir: str | Path, kept: Iterable[Mapping], dropped: Iterable[Mapping], report: Mapping[str, Any]
+) -> None:
+    """Write `filtered_magpie.jsonl`, `dropped_magpie.jsonl` and, when both are complete, `filter_report.json`."""
     output_dir = Path(output_dir)
-    folder = output_dir / "filter_shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    source = (dataset, revision, max_rows, shard_rows)
-    in_processes = Parallel(num_proc, return_as="generator", pre_dispatch="2*n_jobs")
-    began = time.perf_counter()
-
-    counts, sizes, digests = np.zeros(_CODE_POINTS, np.int64), [], []
-    with tqdm(desc="count characters", unit=" rows", mininterval=1) as bar:
-        tasks = (delayed(_count_task)(shard, settings) for shard in read_shards(*source))
-        for digest, size, (codes, found) in in_processes(tasks):
-            counts[codes] += found
-            digests.append(digest)
-            sizes.append(size)
-            bar.update(size)
-    rare = rare_characters(sum(sizes), counts, settings)
-
-    run = hashlib.sha256(f"{settings} {rare!r} {sha256_file(__file__)}".encode()).digest()
-    paths = [folder / f"{hashlib.sha256(run + digest).hexdigest()[:32]}.jsonl" for digest in digests]
-    reused = [path.is_file() for path in paths]
-    with tqdm(desc="filter", total=sum(sizes), unit=" rows", mininterval=1) as bar:
-        bar.update(sum(size for size, done in zip(sizes, reused, strict=True) if done))
-        tasks = (
-            delayed(save_shard)(path, shard, settings, rare)
-            for path, done, shard in zip(paths, reused, read_shards(*source), strict=True)
-            if not done
-        )
-        for size in in_processes(tasks):
-            bar.update(size)
-    if num_proc > 1:
-        get_reusable_executor().shutdown()  # idle processes would stay for five minutes
-
-    report = {
-        "dataset": dataset,
-        "revision": revision,
-        "settings": asdict(settings),
-        **finish_filter(paths, output_dir, settings),
-        "rare_characters": {_character(ord(character)): int(counts[ord(character)]) for character in rare},
-        "shards": {"total": len(paths), "found_finished": sum(reused)},
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    assert report["rows_in"] == sum(sizes), f"{sum(sizes)} rows read, {report['rows_in']} accounted for"
+    write_jsonl(output_dir / "filtered_magpie.jsonl", kept)
+    write_jsonl(output_dir / "dropped_magpie.jsonl", dropped)
     write_json(output_dir / "filter_report.json", report)
-    shutil.rmtree(folder)
-    return report
-
-
-def _count_task(shard: Shard, settings: FilterSettings) -> tuple[bytes, int, tuple[np.ndarray, np.ndarray]]:
-    return shard.digest(), len(shard.lines), count_characters(shard, settings)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -3,34 +3,35 @@
     python benchmarks/filter_effects.py ROWS.jsonl
 
 Every row names its contamination in the column `mix` ("clean" for none). A bad row counts as dealt with if it is
-dropped, or if it is kept in mended form (`nfd` and `compat`: brought to NFC). Prints two Markdown tables: the rules of
-2024, each improved rule added alone, and all of them as in notebook 02; then every kind of contamination.
+dropped, or if it is kept in corrected form (`nfd` and `compat`: brought to NFC). Prints two Markdown tables: the rules
+of 2024, each improved rule added alone, and the reviewed rules file; then every kind of contamination.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import helpers  # noqa: E402
 
-OLD, NEW = (helpers.load_filter_rules(ROOT / f"data/filter_rules{name}.json") for name in ("", "_reviewed"))
+OLD, NEW = (helpers.load_rules(ROOT / f"data/filter_rules_{name}.json") for name in ("2024", "reviewed"))
 # fullwidth letters and a system turn are no fault; a second turn is one only if it is foreign
 GOOD = ("clean", "fullwidth", "system")
-IMPROVED = {"all_turns": True, "clean_conversations": True, "nfc": True, "cp932_only": True, "rare_share": 0.00015}
-SETTINGS = {
+SWITCHES = ("all_turns", "clean_conversations", "nfc", "cp932_only")
+RULES = {
     "2024": OLD,
-    "+ reviewed list": NEW,
-    "+ `rare_share=0.00015`": {**OLD, "rare_share": 0.00015},
-    **{f"+ `{name}`": {**OLD, name: True} for name in ("all_turns", "clean_conversations", "nfc", "cp932_only")},
-    "+ `near_duplicates=0.9`": {**OLD, "near_duplicates": 0.9},
-    "improved (notebook 02)": {**NEW, **IMPROVED},
-    "improved + `near_duplicates=0.9`": {**NEW, **IMPROVED, "near_duplicates": 0.9},
+    "+ reviewed lists": replace(OLD, replacements=NEW.replacements, ng=NEW.ng),
+    "+ `rare_share=0.00015`": replace(OLD, rare_share=NEW.rare_share),
+    **{
+        f"+ `{name}`": replace(OLD, **{name: True})
+        for name in ("all_turns", "clean_conversations", "nfc", "cp932_only")
+    },
+    "reviewed": NEW,
 }
 
 
@@ -42,33 +43,32 @@ def kind(row: dict) -> str:
     return row["mix"]
 
 
-def dealt_with(source: str, settings: helpers.FilterSettings, kinds: list[str]) -> tuple[int, Counter[str]]:
-    """(rows kept, rows dropped or mended by kind); `kinds` by row of the source."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = helpers.run_filter(source, folder, settings)
-        done = Counter(kinds[record["number"] - 1] for record in helpers.read_jsonl(f"{folder}/dropped_magpie.jsonl"))
-        for row in helpers.read_jsonl(f"{folder}/filtered_magpie.jsonl"):
-            texts = row["instruction"] + row["response"]
-            judged = helpers.judged_texts(row, helpers.FilterSettings())[0]
-            was = judged["instruction"] + judged["response"]
-            done[row["mix"]] += row["mix"] in ("nfd", "compat") and texts == unicodedata.normalize("NFC", was)
-    return report["rows_kept"], done
+def dealt_with(rows: list[dict], rules: helpers.FilterRules) -> tuple[int, Counter[str]]:
+    """(rows kept, rows dropped or corrected by kind)."""
+    kept, dropped, _ = helpers.filter_rows(rows, rules)
+    done = Counter(kind(record["row"]) for record in dropped)
+    for row in kept:
+        texts = helpers.row_texts(row, OLD)[0]
+        was = texts["instruction"] + texts["response"]
+        corrected = row["instruction"] + row["response"] == unicodedata.normalize("NFC", was)
+        done[row["mix"]] += row["mix"] in ("nfd", "compat") and corrected
+    return len(kept), done
 
 
 def main(source: str) -> None:
-    kinds = [kind(row) for row in helpers.read_jsonl(source)]
-    total = Counter(kinds)
+    rows = helpers.load_rows(source, required=("mix", "conversations"))
+    total = Counter(map(kind, rows))
     good, bad = (sum(n for name, n in total.items() if (name in GOOD) is wanted) for wanted in (True, False))
-    results = {name: dealt_with(source, helpers.FilterSettings(**values), kinds) for name, values in SETTINGS.items()}
-    print(f"{len(kinds):,} rows, {good:,} of them good\n")
-    print("| rules | rows kept | good rows kept | contamination dropped or mended |\n|---|---|---|---|")
+    results = {name: dealt_with(rows, rules) for name, rules in RULES.items()}
+    print(f"{len(rows):,} rows, {good:,} of them good\n")
+    print("| rules | rows kept | good rows kept | contamination dropped or corrected |\n|---|---|---|---|")
     for name, (kept, done) in results.items():
         lost = sum(done[k] for k in GOOD)
         print(f"| {name} | {kept:,} | {1 - lost / good:.1%} | {(done.total() - lost) / bad:.1%} |")
-    first, improved = results["2024"][1], results["improved (notebook 02)"][1]
-    print("\n| kind | rows | dropped or mended: 2024 | improved |\n|---|---|---|---|")
-    for name, rows in total.most_common():
-        print(f"| {name} | {rows:,} | {first[name] / rows:.1%} | {improved[name] / rows:.1%} |")
+    first, reviewed = results["2024"][1], results["reviewed"][1]
+    print("\n| kind | rows | dropped or corrected: 2024 | reviewed |\n|---|---|---|---|")
+    for name, number in total.most_common():
+        print(f"| {name} | {number:,} | {first[name] / number:.1%} | {reviewed[name] / number:.1%} |")
 
 
 if __name__ == "__main__":

@@ -1,148 +1,100 @@
-"""The filter of notebook 02 beyond one machine: the same functions as steps of a datatrove pipeline.
+"""The filter of notebook 02 for data that does not fit into memory: the same row functions in a datatrove pipeline.
 
     pip install -r requirements-datatrove.txt
-    python pipelines/datatrove_filter.py IN_FOLDER OUTPUT_DIR [--run data/runs/seed2024.yaml] [--tasks 8] [--workers 2]
+    python pipelines/datatrove_filter.py IN_FOLDER OUTPUT_DIR [--rules FILE] [--tasks 8] [--workers 2]
 
-IN_FOLDER holds the data set in any number of .jsonl, .jsonl.gz or .parquet files, taken in the order of their names;
-`number` in the dropped rows counts within a file. Take a new OUTPUT_DIR for other data, parameters or --tasks.
-Four stages, each in as many tasks as it allows, each skipping the tasks that an earlier run completed: count the
-characters of every file; merge the counts; filter every file and count the characters of what is kept; merge those
-counts and write the final files, which are those of the notebook. Parameters are the notebook's, changed by the run
-file. For a cluster replace LocalPipelineExecutor below by datatrove's SlurmPipelineExecutor or RayPipelineExecutor
-(its own arguments: partition, time, ...), with both folders on a disk that every node sees.
+IN_FOLDER holds the data set in .jsonl, .jsonl.gz or .parquet files that each fit into memory, taken in the order of
+their names. The rows kept are those of the notebook; `number` in the dropped rows counts within a file, and the report
+lacks the lists of rules and characters. Finished tasks are skipped: take a new OUTPUT_DIR for other data, rules or
+--tasks. On a cluster, SlurmPipelineExecutor or RayPipelineExecutor takes the place of LocalPipelineExecutor.
 """
 
-from __future__ import annotations
-
 import argparse
-import ast
-import json
-import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 
-import numpy as np  # noqa: E402
-import papermill  # noqa: E402
-import yaml  # noqa: E402
-from datatrove.data import DocumentsPipeline  # noqa: E402
-from datatrove.executor import LocalPipelineExecutor  # noqa: E402
-from datatrove.pipeline.base import PipelineStep  # noqa: E402
-
-import helpers  # noqa: E402
-
-NOTEBOOK = "02_filter_magpie"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import helpers
 
 
-class FilterStep(PipelineStep):
-    """A step that reads and writes files itself; task number `rank` of `world_size` takes every world_size-th file."""
+class Stage(PipelineStep):
+    """Runs the method `name` on the files of a task, given by their indices; what it makes is kept in `parts`."""
 
-    type = "🔻 - FILTER"
-
-    def __init__(self, source: str, output_dir: str, settings: helpers.FilterSettings) -> None:
+    def __init__(self, name, source, output_dir, rules) -> None:
+        self.type, self.name, self.rules = "🔻 - FILTER", name, rules
         super().__init__()
-        self.source, self.settings, self.output_dir = source, settings, Path(output_dir)
-        self.work = self.output_dir / "filter_shards"
+        paths = [path for end in (".jsonl", ".jsonl.gz", ".parquet") for path in Path(source).glob(f"*{end}")]
+        self.files = sorted(map(str, paths))
+        self.output_dir, self.parts = Path(output_dir), Path(output_dir, "filter_parts")
 
-    def shards(self, rank: int, world_size: int) -> Iterator[tuple[str, helpers.Shard]]:
-        """(name that sorts like the input, shard) of every shard of this task's files."""
-        files = input_files(self.source)
-        for index in range(rank, len(files), world_size):
-            for number, shard in enumerate(helpers.read_shards(os.path.join(self.source, files[index]))):
-                yield f"{index:06}-{number:06}", shard
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        self.work.mkdir(parents=True, exist_ok=True)
+    def run(self, data, rank=0, world_size=1):
+        self.parts.mkdir(parents=True, exist_ok=True)
         with self.track_time("task"):
-            self.process(rank, world_size)
-        yield from ()  # the rows travel through files, not through datatrove's documents
+            getattr(self, self.name)(rank, range(rank, len(self.files), world_size))
+        yield from ()
 
-    def process(self, rank: int, world_size: int) -> None:
-        raise NotImplementedError
+    def total(self, name):
+        """Rows and counts of characters, summed over all tasks."""
+        parts = [np.load(path) for path in self.parts.glob(f"{name}-*.npz")]
+        return sum(int(part["rows"]) for part in parts), sum(part["counts"] for part in parts)
 
+    def count(self, rank, files):
+        rows, counts = 0, 0
+        for index in files:
+            texts = [helpers.row_texts(row, self.rules)[0] for row in helpers.load_rows(self.files[index])]
+            rows, counts = rows + len(texts), counts + helpers.count_characters(texts, self.rules)
+        np.savez_compressed(self.parts / f"count-{rank:06}.npz", rows=rows, counts=counts)
 
-class CountCharacters(FilterStep):
-    name = "count characters"
+    def judge(self, rank, files):
+        (rows, counts), counts_after = self.total("count"), 0
+        rare = helpers.rare_characters(counts, helpers.first_limit(rows, self.rules))
+        for index in files:
+            passed, dropped, _ = helpers.judge_rows(helpers.load_rows(self.files[index]), self.rules, rare)
+            counts_after = counts_after + helpers.count_characters((row.texts for row in passed), self.rules)
+            helpers.write_jsonl(self.parts / f"judged-{index:06}.jsonl", [{"passed": passed, "dropped": dropped}])
+        np.savez_compressed(self.parts / f"again-{rank:06}.npz", rows=0, counts=counts_after)
 
-    def process(self, rank: int, world_size: int) -> None:
-        rows, counts = 0, np.zeros(sys.maxunicode + 1, np.int64)
-        for _, shard in self.shards(rank, world_size):
-            codes, found = helpers.count_characters(shard, self.settings)
-            counts[codes] += found
-            rows += len(shard.lines)
-        np.savez_compressed(self.work / f"counts-{rank:06}.npz", rows=rows, counts=counts)
-        self.stat_update("rows", value=rows)
+    def write(self, rank, files):
+        rare = helpers.rare_characters(self.total("again")[1], self.rules.rare_after)
+        for index in files:
+            judged = next(helpers.read_jsonl(self.parts / f"judged-{index:06}.jsonl"))
+            passed, late = helpers.drop_rare_afterwards((helpers.Passed(*row) for row in judged["passed"]), rare)
+            dropped = judged["dropped"] + late
+            kept = (helpers.written_row(row, texts, self.rules) for _, row, texts in passed)
+            helpers.write_jsonl(self.parts / f"filtered_magpie-{index:06}.jsonl", kept)
+            helpers.write_jsonl(self.parts / f"dropped_magpie-{index:06}.jsonl", dropped)
+            reasons = Counter(record["reason"] for record in dropped)
+            helpers.write_jsonl(self.parts / f"reasons-{index:06}.jsonl", [{"kept": len(passed), **reasons}])
 
-
-class MergeCounts(FilterStep):
-    name = "merge counts"
-
-    def process(self, rank: int, world_size: int) -> None:
-        parts = [np.load(path) for path in sorted(self.work.glob("counts-*.npz"))]
-        rows, counts = sum(int(part["rows"]) for part in parts), sum(part["counts"] for part in parts)
-        rare = helpers.rare_characters(rows, counts, self.settings)
-        helpers.write_json(self.work / "rare.json", [ord(character) for character in rare])
-
-
-class FilterRows(FilterStep):
-    name = "filter and count again"
-
-    def process(self, rank: int, world_size: int) -> None:
-        rare = "".join(map(chr, json.loads((self.work / "rare.json").read_text())))
-        for name, shard in self.shards(rank, world_size):
-            helpers.save_shard(self.work / f"{name}.jsonl", shard, self.settings, rare)
-            self.stat_update("rows", value=len(shard.lines))
-
-
-class Finish(FilterStep):
-    name = "second count, final files"
-
-    def process(self, rank: int, world_size: int) -> None:
-        report = helpers.finish_filter(sorted(self.work.glob("*.jsonl")), self.output_dir, self.settings)
+    def join(self, rank, files):
+        for name in ("filtered_magpie", "dropped_magpie"):
+            with helpers.atomic_write(self.output_dir / f"{name}.jsonl", binary=True) as joined:
+                for index in files:
+                    with open(self.parts / f"{name}-{index:06}.jsonl", "rb") as file:
+                        shutil.copyfileobj(file, joined)
+        reasons = sum((Counter(*helpers.read_jsonl(path)) for path in self.parts.glob("reasons-*.jsonl")), Counter())
+        report = helpers.filter_counts(self.total("count")[0], reasons.pop("kept", 0), reasons)
         helpers.write_json(self.output_dir / "filter_report.json", report)
-        for reason, rows in report["reasons"].items():
-            self.stat_update(f"dropped_{reason}", value=rows)
-
-
-def input_files(folder: str) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
-
-
-def filter_settings(run_file: str | None) -> helpers.FilterSettings:
-    """The defaults of the notebook, changed by the run file."""
-    defaults = papermill.inspect_notebook(str(ROOT / f"notebooks/{NOTEBOOK}.ipynb"))
-    values = {name: ast.literal_eval(parameter["default"]) for name, parameter in defaults.items()}
-    if run_file:
-        values.update(yaml.safe_load(Path(run_file).read_text(encoding="utf-8"))[NOTEBOOK])
-    fields = {name: values[name] for name in helpers.FilterSettings.__dataclass_fields__ if name in values}
-    return helpers.FilterSettings(**helpers.load_filter_rules(ROOT / values["rules"]), **fields)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN_FOLDER")
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR")
-    parser.add_argument("--run", help="run file whose filter parameters take the place of the notebook's defaults")
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    if not os.path.isdir(options.source) or not input_files(options.source):
-        parser.error(f"{options.source}: no folder with .jsonl, .jsonl.gz or .parquet files")
-    arguments = (options.source, options.output_dir, filter_settings(options.run))
-    executor = None
-    for step, tasks in ((CountCharacters, options.tasks), (MergeCounts, 1), (FilterRows, options.tasks), (Finish, 1)):
-        executor = LocalPipelineExecutor(
-            [step(*arguments)],
-            tasks=tasks,
-            workers=options.workers,
-            logging_dir=os.path.join(options.output_dir, "logs", step.__name__),
-            depends=executor,
-        )
-    executor.run()
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN_FOLDER")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR")
+    parser.add_argument("--rules", default=f"{sys.path[0]}/data/filter_rules_reviewed.json")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=2)
+    options, executor = parser.parse_args(), None
+    arguments = options.source, options.output_dir, helpers.load_rules(options.rules)
+    if not Stage("", *arguments).files:
+        parser.error(f"{options.source}: no folder with .jsonl, .jsonl.gz or .parquet files")
+    for name, tasks in {**dict.fromkeys(("count", "judge", "write"), options.tasks), "join": 1}.items():
+        stage, logs = Stage(name, *arguments), f"{options.output_dir}/logs/{name}"
+        executor = LocalPipelineExecutor([stage], tasks, options.workers, logs, depends=executor)
+    executor.run()

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 DATA = Path(__file__).parent.parent / "data"
-RULES = json.loads((DATA / "filter_rules.json").read_text(encoding="utf-8"))
+RULES = json.loads((DATA / "filter_rules_2024.json").read_text(encoding="utf-8"))
 
 
 def sha256_of_list(items: list) -> str:
@@ -30,6 +30,14 @@ def test_replacements_are_those_of_2024():
     assert len(replacements) == 28
     assert len({old for old, _ in replacements}) == 28
     assert sha256_of_list(replacements) == "d93f06a1255621268457eeb8593e42449f3100c46c327d7962d9f5e9ee11dd3f"
+
+
+def test_the_reviewed_lists_change_only_on_purpose():
+    reviewed = json.loads((DATA / "filter_rules_reviewed.json").read_text(encoding="utf-8"))
+    assert sha256_of_list(reviewed["ng"]) == "c7cc0be1a23897ece1eaf69d2b6ceb61caff0dc378fcc784876c147616f28f5f"
+    assert (
+        sha256_of_list(reviewed["replacements"]) == "e84a0d07cea8b9ef82837e3a583459df73c89b8f2067a14d9f4744ee98a30ffe"
+    )
 
 
 def read_jsonl(name: str) -> list[dict]:

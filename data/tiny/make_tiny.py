@@ -38,7 +38,7 @@ TASK = (
 
 def read_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(question, answer) pairs of the magpie rows that are plain text without an NG string, and of the QA rows."""
-    ng = json.loads((HERE.parent / "filter_rules.json").read_text(encoding="utf-8"))["ng"]
+    ng = json.loads((HERE.parent / "filter_rules_2024.json").read_text(encoding="utf-8"))["ng"]
     magpie = []
     for line in (SAMPLE / "magpie.jsonl").open(encoding="utf-8"):
         turns = json.loads(line)["conversations"]

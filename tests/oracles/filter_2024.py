@@ -79,4 +79,4 @@ def filter_file(source: str | Path, target: str | Path, rules: str | Path, **thr
 
 
 if __name__ == "__main__":
-    print(filter_file(*sys.argv[1:3], (sys.argv[3:] or ["data/filter_rules.json"])[0]), "rows kept")
+    print(filter_file(*sys.argv[1:3], (sys.argv[3:] or ["data/filter_rules_2024.json"])[0]), "rows kept")
