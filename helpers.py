@@ -455,7 +455,9 @@ def record_table(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     rows = {}
     for role, source in origins(record["inputs"]).items():
         rows[role.replace("_", " ")] = ", ".join(filter(None, map(source.get, ("name", "commit", "licence"))))
-    rows["settings"] = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if name != "texts")
+    rows["settings"] = ", ".join(
+        f"{name} {value}" for name, value in record["settings"].items() if name not in ("texts", "lists")
+    )
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
 

@@ -92,7 +92,8 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
             fingerprint = records.get(name, {}).get("fingerprint", "")
             continue
         parameters = {key: chosen[f"{name}.{key}"] for key in defaults}
-        before = {key: digest(r["files"]) for key, r in products(output_dir).items() if r["stage"] < name}
+        made = products(output_dir).items()
+        before = {f"{key} of {r['stage']}": digest(r["files"]) for key, r in made if r["stage"] < name}
         parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint}
         parts |= parameters | before
         parts |= {f"contents of {v}": contents(v) for k, v in parameters.items() if k != "output_dir" and contents(v)}
