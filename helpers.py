@@ -26,13 +26,15 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import types
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from concurrent.futures import Future
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -1655,8 +1657,7 @@ def reference_nll(
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     nll = [0.0] * len(rows)
     config = model.config.get_text_config()
-    attention = config._attn_implementation
-    if attention == "slots":  # reads one prompt, or one token of each
+    if config._attn_implementation == "slots":  # left behind by an interrupted answer; it cannot read padded batches
         config._attn_implementation = "eager"
     with torch.inference_mode(), tqdm(total=len(rows), unit="reference") as progress:
         while waiting:
@@ -1668,8 +1669,7 @@ def reference_nll(
                 # A number makes a slice, for which torch copies the frozen output matrix once a row (2.7 GB for 8 rows
                 # of Gemma 3); positions make a new tensor, for which it does not. unsloth on a GPU knows numbers only.
                 keep = torch.arange(width - keep, width)
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
-            mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
+            ids, mask = pad_left([rows[i] for i in chosen], tokenizer.pad_token_id)
             logits = model(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -1682,7 +1682,6 @@ def reference_nll(
                 predicted = row[-len(target) - 1 : -1].float()
                 nll[i] = float(torch.nn.functional.cross_entropy(predicted, target, reduction="sum"))
             progress.update(len(chosen))
-    config._attn_implementation = attention
     return [value / len(reference) for value, reference in zip(nll, references, strict=True)]
 
 
@@ -1767,8 +1766,8 @@ RUBRIC = """あなたは日本語の回答を採点する、公平で厳密な�
 {"reason": "採点の理由(一文)", "grade": 1から5の整数}"""
 FENCE = "見出しの前には必ず{}という印があります。印のない【】は見出しではなく、本文の一部です。"
 AGAIN = 'Your answer could not be read ({}). Write only JSON: {{"reason": "...", "grade": an integer from 1 to 5}}'
-GIVE_UP_AFTER = 3  # tasks in a row without an answer from the judge
-JUDGE_BYTES = 1_000_000  # a longer reply is not read
+GIVE_UP_AFTER = 3  # questions in a row without a reply of the judge
+JUDGE_BYTES = 1_000_000  # a longer reply is not read to its end
 
 
 def judge_messages(task: Mapping[str, Any], answer: str) -> list[dict[str, str]]:
@@ -1800,98 +1799,93 @@ def parse_grade(text: str) -> dict[str, Any]:
     return {"grade": value["grade"], "reason": reason}
 
 
-def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header (a number or a date) asks for: 0 to 60, and 0 for anything else."""
-    from email.utils import mktime_tz, parsedate_tz
+def fetch_reply(messages: list[dict[str, str]], base_url: str, model: str, key: str, timeout: float) -> bytes:
+    """What the judge sends back; raises what the `openai` client raises. More than JUDGE_BYTES are not read to the end.
 
-    try:
-        date = parsedate_tz(header)
-        return min(max(0.0, mktime_tz(date) - time.time() if date else float(header)), 60.0)
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def judge_client(base_url: str, key: str, timeout: float) -> Any:
-    """An `openai` client for a judge that may be slow, broken or hostile.
-
-    It sends `key` and nothing else that it finds in the environment, follows no redirect, and reads at most JUDGE_BYTES
-    within `timeout` seconds, from the connection to the last byte. A server that is busy, failing or not there is asked
-    up to four times, as it says in Retry-After (at most 60 s), otherwise after 0.5, 1 and 2 s.
+    Nothing secret but `key` is sent, no redirect is followed, a proxy of the environment is used. A server that is
+    busy, failing or not there is asked up to four times: when its Retry-After says (if that is within two minutes),
+    otherwise after about 0.5, 1 and 2 s. A connection that is lost in the middle of the reply is not tried again.
     """
-    from urllib.request import getproxies, proxy_bypass
-
-    import anyio
     import httpx2
-    from openai import AsyncOpenAI, OpenAIError
+    from openai import OpenAI, OpenAIError
 
-    class Transport(httpx2.AsyncHTTPTransport):
-        async def handle_async_request(self, request: Any) -> Any:
-            sent = {name: request.headers[name] for name in ("host", "content-type", "content-length")}
-            request.headers = httpx2.Headers(sent | {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"})
-            response, body = None, b""
-            try:
-                with anyio.fail_after(timeout):
-                    response = await super().handle_async_request(request)
-                    async for part in response.stream:
-                        body += part
-                        if len(body) > JUDGE_BYTES:
-                            raise OpenAIError(f"an answer of more than {JUDGE_BYTES:,} bytes")
-            except TimeoutError:
-                raise OpenAIError("ReadTimeout") from None  # an OpenAIError is not asked again
-            finally:
-                if response is not None:
-                    await response.aclose()
-            wait = retry_after(response.headers.get("retry-after", ""))
-            return httpx2.Response(response.status_code, headers={"retry-after": str(wait)}, content=body)
+    deadline = time.monotonic() + timeout
 
-    url = httpx2.URL(base_url)
-    proxy = None if proxy_bypass(url.host) else getproxies().get(url.scheme)
-    connection = httpx2.AsyncClient(transport=Transport(proxy=proxy), follow_redirects=False)
-    return AsyncOpenAI(base_url=url, api_key=key, max_retries=3, timeout=None, http_client=connection)
+    def send_only_the_key(request: Any) -> None:  # and not what the client finds in OPENAI_CUSTOM_HEADERS, for example
+        if time.monotonic() > deadline:
+            raise OpenAIError  # which the client does not try again
+        names = ("host", "content-type", "content-length", "x-stainless-raw-response")
+        sent = {name: request.headers[name] for name in names}
+        request.headers = httpx2.Headers(sent | {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"})
 
+    def skip_error_text(response: Any) -> None:  # the client would read it all
+        if not response.is_success:
+            response.close()
 
-async def grade_answer(
-    task: Mapping[str, Any], answer: str, base_url: str, model: str, key: str, timeout: float, usage: Counter
-) -> dict[str, Any]:
-    """`grade` and `reason`; asks once more if they cannot be read, then ValueError. Adds what it took to `usage`."""
-    messages = judge_messages(task, answer)
-    async with judge_client(base_url, key, timeout) as client:
-        while True:
-            usage["requests"] += 1
-            reply = await client.chat.completions.create(model=model, messages=messages, temperature=0)
-            text = chat_text(reply, usage)
-            try:
-                return parse_grade(text)
-            except ValueError as error:
-                if len(messages) > 2:
-                    raise
-                again = {"role": "user", "content": AGAIN.format(error)}
-                messages = [*messages, {"role": "assistant", "content": text}, again]
+    hooks = {"request": [send_only_the_key], "response": [skip_error_text]}
+    connection = httpx2.Client(follow_redirects=False, event_hooks=hooks)
+    body = bytearray()
+    with OpenAI(base_url=base_url, api_key=key, max_retries=3, timeout=timeout, http_client=connection) as client:
+        create = client.chat.completions.with_streaming_response.create
+        with create(model=model, messages=messages, temperature=0) as reply:
+            for part in reply.http_response.iter_raw():
+                body += part
+                if len(body) > JUDGE_BYTES or time.monotonic() > deadline:
+                    break
+    return bytes(body)
 
 
-def chat_text(reply: Any, usage: Counter) -> str:
-    """The text of a chat answer, its tokens added to `usage`; ValueError for a reply of another form.
+def ask_judge(*question: Any, timeout: float) -> bytes:
+    """`fetch_reply` within `timeout` seconds, retries included; ConnectionError, with a short reason, if that fails.
 
-    The client does not check what it was sent: every part of the reply may be missing or of another type.
+    The time also ends for a server that sends its headers byte by byte: a thread reads them, and nobody waits for it.
     """
-    for name in ("prompt_tokens", "completion_tokens"):
-        count = getattr(getattr(reply, "usage", None), name, None)
-        usage[name] += count if type(count) is int and count > 0 else 0
+    from openai import APIStatusError
+
+    reply: Future[bytes] = Future()
+
+    def fetch() -> None:
+        try:
+            reply.set_result(fetch_reply(*question, timeout))
+        except Exception as error:
+            reply.set_exception(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
     try:
-        content = reply.choices[0].message.content
-    except (AttributeError, LookupError, TypeError) as error:
+        return reply.result(timeout)
+    except APIStatusError as error:
+        reason = f"HTTP {error.status_code}"
+    except Exception as error:  # whose message may hold the key
+        reason = type(error).__name__.removeprefix("API")
+    raise ConnectionError(reason)
+
+
+def read_reply(body: bytes, usage: Counter) -> str:
+    """The text of a chat answer, its tokens added to `usage`; ValueError for a body of another form."""
+    if len(body) > JUDGE_BYTES:
+        raise ValueError(f"an answer of more than {JUDGE_BYTES:,} bytes")
+    try:
+        reply = json.loads(body)
+        text = reply["choices"][0]["message"]["content"] or ""
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise ValueError(f"not a chat answer ({type(error).__name__})") from None
-    if not isinstance(content, str | None):
-        raise ValueError(f"not a chat answer (its content is of type {type(content).__name__})")
-    return content or ""
+    if not isinstance(text, str):
+        raise ValueError(f"not a chat answer (its content is of type {type(text).__name__})")
+    counts = reply.get("usage")
+    for name in ("prompt_tokens", "completion_tokens"):
+        count = counts.get(name) if isinstance(counts, dict) else 0
+        usage[name] += count if type(count) is int and count > 0 else 0
+    return text
 
 
-def kept_grade(path: Path) -> int | None:
-    """The grade in a file of the cache; None if it is missing or damaged."""
+def grade_answer(messages: list[dict[str, str]], ask: Callable[[list[dict[str, str]]], str]) -> dict[str, Any]:
+    """`grade` and `reason` of the text that `ask` returns; asks once more if it has none, then ValueError."""
+    text = ask(messages)
     try:
-        return parse_grade(path.read_text(encoding="utf-8"))["grade"]
-    except (OSError, ValueError):
-        return None
+        return parse_grade(text)
+    except ValueError as error:
+        again = {"role": "user", "content": AGAIN.format(error)}
+    return parse_grade(ask([*messages, {"role": "assistant", "content": text}, again]))
 
 
 def judge_answers(
@@ -1906,48 +1900,46 @@ def judge_answers(
 ) -> dict[str, Any]:
     """Let a model behind an OpenAI-compatible endpoint grade the answers to the tasks that have a reference.
 
-    A grade is kept in the folder `cache`, by task, answer, judge and rubric, and not asked for again. After
-    GIVE_UP_AFTER tasks in a row without any answer the rest is not asked. Nothing is raised for what the judge does:
-    the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and seconds.
+    A grade is kept in the folder `cache`, by task, answer, judge and rubric, and not asked for again. A question takes
+    `timeout` seconds at most; after GIVE_UP_AFTER in a row without a reply no more are asked. Nothing is raised for
+    what the judge does: the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and
+    seconds.
     """
-    from anyio.from_thread import start_blocking_portal
-    from openai import APIConnectionError, APIStatusError, OpenAIError
     from tqdm.auto import tqdm
 
-    usage = Counter(requests=0, prompt_tokens=0, completion_tokens=0)
-    grades, failures, from_cache, silent, started = {}, [], 0, 0, time.perf_counter()
-    with start_blocking_portal() as portal:  # a notebook's own event loop is busy running the cell
-        for task, answer in tqdm(list(zip(tasks, answers, strict=True)), unit="grade"):
-            if not reference_of(task):
-                continue
-            identity = json.dumps([base_url, model, RUBRIC_VERSION, judge_messages(task, answer)])
-            path = Path(cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-            grade, problem = kept_grade(path), None
-            if grade is not None:
-                from_cache += 1
-            elif silent == GIVE_UP_AFTER:
-                problem = f"not asked: no answer {GIVE_UP_AFTER} times in a row"
-            else:
-                try:
-                    found = portal.call(grade_answer, task, answer, base_url, model, key, timeout, usage)
-                    grade, silent = found["grade"], 0
-                except APIStatusError as error:
-                    problem, silent = f"HTTP {error.status_code}", silent + 1
-                except APIConnectionError:
-                    problem, silent = "ConnectionError", silent + 1
-                except OpenAIError as error:
-                    problem, silent = str(error), silent + 1
-                except Exception as error:  # whatever else a reply can do; a library's message may hold the key
-                    problem, silent = str(error) if type(error) is ValueError else type(error).__name__, 0
-                else:
-                    write_json(path, {"task_id": task["task_id"], **found})
-            if problem:
-                failures.append({"task_id": task["task_id"], "reason": problem})
-            else:
-                grades[task["task_id"]] = grade
+    usage = Counter(from_cache=0, requests=0, prompt_tokens=0, completion_tokens=0)
+    grades, failures, silent, started = {}, [], 0, time.perf_counter()
+
+    def ask(messages: list[dict[str, str]]) -> str:
+        nonlocal silent
+        if silent == GIVE_UP_AFTER:
+            raise ConnectionError(f"not asked: no answer {GIVE_UP_AFTER} times in a row")
+        silent += 1
+        usage["requests"] += 1
+        body = ask_judge(messages, base_url, model, key, timeout=timeout)
+        silent = 0
+        return read_reply(body, usage)
+
+    for task, answer in tqdm(list(zip(tasks, answers, strict=True)), unit="grade"):
+        if not reference_of(task):
+            continue
+        task_id, messages = task["task_id"], judge_messages(task, answer)
+        identity = json.dumps([base_url, model, RUBRIC_VERSION, messages])
+        path = Path(cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        with suppress(OSError, ValueError):  # not there, or damaged
+            grades[task_id] = parse_grade(path.read_text(encoding="utf-8"))["grade"]
+            usage["from_cache"] += 1
+            continue
+        try:
+            found = grade_answer(messages, ask)
+        except (ConnectionError, ValueError) as error:
+            failures.append({"task_id": task_id, "reason": str(error)})
+        else:
+            grades[task_id] = found["grade"]
+            write_json(path, {"task_id": task_id, **found})
     seconds = round(time.perf_counter() - started, 1)
     known = {"model": model, "base_url": base_url, "rubric": RUBRIC_VERSION, "grades": grades, "failures": failures}
-    return known | {"from_cache": from_cache, **usage, "seconds": seconds}
+    return known | {**usage, "seconds": seconds}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,12 @@ def serve():
         server.server_close()
 
 
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """The client tries four times, but not after 0.5, 1 and 2 seconds."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+
 def send(handler, body, status=200, **headers):
     """Answer with these bytes and header lines."""
     handler.send_response(status)
@@ -167,9 +173,9 @@ def test_a_server_error_is_asked_again(serve, tmp_path):
 
 def test_after_time_outs_the_grades_so_far_stay_and_only_the_rest_is_asked_later(serve, tmp_path):
     server = serve(GOOD, GOOD, 2.0)
-    result = judge(server, tmp_path, timeout=0.2)
+    result = judge(server, tmp_path, timeout=0.5)
     assert result["grades"] == {0: 4, 1: 4}
-    assert {failure["reason"] for failure in result["failures"]} == {"ReadTimeout"}
+    assert {failure["reason"] for failure in result["failures"]} == {"TimeoutError"}
     assert len(server.requests) == 5
     server.plan[:] = [GOOD]
     later = judge(server, tmp_path)
@@ -186,7 +192,7 @@ def test_nobody_is_asked_after_three_refusals(serve, tmp_path):
     ]
 
 
-def test_a_server_that_is_not_there_is_a_failure_and_no_error(serve, tmp_path):
+def test_a_server_that_is_not_there_is_a_failure_and_no_error(serve, tmp_path, short_pauses):
     server = serve(GOOD)
     server.shutdown()
     server.server_close()
@@ -251,13 +257,13 @@ def test_the_deadline_holds_for_the_whole_reply_and_not_for_each_byte(serve, tmp
     server = serve(lambda handler: drip(handler, head, body))
     started = time.monotonic()
     result = judge(server, tmp_path, TASKS[:1], ANSWERS[:1], timeout=0.5)
-    assert result["failures"] == [{"task_id": 0, "reason": "ReadTimeout"}]
+    assert result["failures"] == [{"task_id": 0, "reason": "TimeoutError"}]
     assert 0.5 <= time.monotonic() - started < 3
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("status", [200, 401])
-def test_a_huge_reply_is_not_read_to_its_end(serve, tmp_path, status):
+@pytest.mark.parametrize(("status", "reason"), [(200, "an answer of more than 1,000,000 bytes"), (401, "HTTP 401")])
+def test_a_huge_reply_is_not_read_to_its_end(serve, tmp_path, status, reason):
     sent = []
 
     def flood(handler):
@@ -269,7 +275,7 @@ def test_a_huge_reply_is_not_read_to_its_end(serve, tmp_path, status):
             sent.append(1_000_000)
 
     result = judge(serve(flood), tmp_path, TASKS[:1], ANSWERS[:1])
-    assert result["failures"] == [{"task_id": 0, "reason": "an answer of more than 1,000,000 bytes"}]
+    assert result["failures"] == [{"task_id": 0, "reason": reason}]
     assert sum(sent) < 50_000_000  # what the sockets of both sides hold
 
 
@@ -347,19 +353,6 @@ def test_an_answer_cannot_pass_for_the_aspects(serve, tmp_path):
     assert found == {"問題": "0 + 0 は?", "正解例": "0", "採点の観点": "- 答えが違えば1点", "回答": marked}
 
 
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [("2", 2), ("0.5", 0.5), ("3600", 60), ("inf", 60), ("nan", 0), ("-3", 0), ("", 0), ("soon", 0)],
-)
-def test_a_judge_is_given_at_most_a_minute(header, seconds):
-    assert helpers.retry_after(header) == seconds
-
-
-@pytest.mark.parametrize(("ahead", "low", "high"), [(3600, 60, 60), (30, 25, 30), (-30, 0, 0)])
-def test_a_date_in_retry_after_is_understood(ahead, low, high):
-    assert low <= helpers.retry_after(formatdate(time.time() + ahead, usegmt=True)) <= high
-
-
 def test_a_date_in_retry_after_is_waited_for(serve, tmp_path):
     date = formatdate(time.time() + 3, usegmt=True)
     server = serve(lambda handler: send(handler, b"", 503, Retry_After=date), GOOD)
@@ -382,14 +375,14 @@ def test_a_busy_judge_is_asked_four_times_in_all(serve, tmp_path, status):
 
 
 @pytest.mark.parametrize("base_url", ["http://[", "no address", "ftp://127.0.0.1/v1", "http://127.0.0.1:99999/v1", "/"])
-def test_a_wrong_address_is_a_failure_and_no_error(tmp_path, base_url):
+def test_a_wrong_address_is_a_failure_and_no_error(tmp_path, short_pauses, base_url):
     values = {"base_url": base_url, "model": "judge-1", "key": "secret-key", "cache": tmp_path, "timeout": 5.0}
     (failure,) = helpers.judge_answers(TASKS[:1], ANSWERS[:1], **values)["failures"]
     assert 0 < len(failure["reason"]) <= 80
 
 
 @pytest.mark.parametrize("key", ["secret-key\n", "secret-key\r\nX-Other: 1", "secret-key鍵"])
-def test_a_key_that_no_header_can_hold_is_a_failure_that_does_not_show_it(serve, tmp_path, key):
+def test_a_key_that_no_header_can_hold_is_a_failure_that_does_not_show_it(serve, tmp_path, short_pauses, key):
     result = judge(serve(GOOD), tmp_path, TASKS[:1], ANSWERS[:1], key=key)
     assert result["grades"] == {}
     assert "secret-key" not in json.dumps(result)
