@@ -1669,7 +1669,8 @@ def reference_nll(
                 # A number makes a slice, for which torch copies the frozen output matrix once a row (2.7 GB for 8 rows
                 # of Gemma 3); positions make a new tensor, for which it does not. unsloth on a GPU knows numbers only.
                 keep = torch.arange(width - keep, width)
-            ids, mask = pad_left([rows[i] for i in chosen], tokenizer.pad_token_id)
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
+            mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
             logits = model(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -1924,8 +1925,7 @@ def judge_answers(
         if not reference_of(task):
             continue
         task_id, messages = task["task_id"], judge_messages(task, answer)
-        identity = json.dumps([base_url, model, RUBRIC_VERSION, messages])
-        path = Path(cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        path = Path(cache) / f"{digest([base_url, model, RUBRIC_VERSION, messages])[:32]}.json"
         with suppress(OSError, ValueError):  # not there, or damaged
             grades[task_id] = parse_grade(path.read_text(encoding="utf-8"))["grade"]
             usage["from_cache"] += 1

@@ -19,7 +19,7 @@ def test_no_secret_in_anything_that_is_written(smoke, tmp_path, monkeypatch):
         monkeypatch.setenv(name, key)
         assert helpers.get_secret(name) == key
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("quantized", "filtered_magpie.jsonl", "filter_report.json"):
+    for name in ("quantized", "filtered_magpie.jsonl", "filtered_magpie.jsonl.record.json"):
         copy = shutil.copytree if (smoke / name).is_dir() else shutil.copy
         copy(smoke / name, tmp_path / name)
     execute("03_sft", tmp_path, max_steps=2, wandb_project="secrets")
