@@ -13,7 +13,7 @@ import yaml
 from compare import one_line
 from helpers import RecipeError
 
-OWN_FOLDERS = ("benchmarks", "data", "notebooks", "pipelines", "tests")  # and those that begin with a dot
+OWN_FOLDERS = ("benchmarks", "data", "docs", "notebooks", "pipelines", "tests")  # and those that begin with a dot
 
 
 class RunFile(yaml.SafeLoader):
