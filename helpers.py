@@ -1021,6 +1021,15 @@ def sft_text(instruction: str, response: str, eos_token: str) -> str:
     return SFT_PROMPT.format(instruction, response) + (eos_token if response else "")
 
 
+def encode(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What the tokenizer makes of people's text: a control token such as "<eos>" that is written in it stays text.
+
+    Without `split_special_tokens` it would become the control token itself and end the text where it stands. The one
+    <bos> in front is added by the tokenizer.
+    """
+    return tokenizer(text, split_special_tokens=True, **options)
+
+
 def answer_labels(ids: Sequence[int], starts: Sequence[int], prompt_length: int) -> list[int]:
     """Labels that train on the answer alone: the id of a token that starts at character `prompt_length` or later, -100.
 
@@ -1069,7 +1078,7 @@ def sample_answers(
     config.use_cache = True
     answers = []
     for question in questions:
-        prompt = tokenizer(sft_text(question, "", ""), return_tensors="pt").to(model.device)
+        prompt = encode(tokenizer, sft_text(question, "", ""), return_tensors="pt").to(model.device)
         with torch.no_grad():
             ids = model.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens, max_length=None)[0]
         answers.append(tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
@@ -1471,7 +1480,7 @@ def ask(
     The longest prompts come first: what does not fit into the memory shows at once, and no long one is left to the
     end.
     """
-    asked = [(tokenizer(question.prompts[attempt - 1])["input_ids"], question) for question in questions]
+    asked = [(encode(tokenizer, question.prompts[attempt - 1])["input_ids"], question) for question in questions]
     asked.sort(key=lambda pair: len(pair[0]), reverse=True)
     prompts = [prompt for prompt, _ in asked]
     clock.share(len(asked))
@@ -1650,7 +1659,7 @@ def reference_nll(
     from tqdm.auto import tqdm
 
     texts = [
-        (tokenizer(prompt)["input_ids"], tokenizer(reference, add_special_tokens=False)["input_ids"])
+        (encode(tokenizer, prompt)["input_ids"], encode(tokenizer, reference, add_special_tokens=False)["input_ids"])
         for prompt, reference in zip(prompts, references, strict=True)
     ]
     rows = [prompt + reference for prompt, reference in texts]

@@ -167,3 +167,14 @@ def test_answer_labels_cover_the_answer_and_nothing_else(response):
 def test_out_of_memory_keeps_the_effective_batch():
     assert "per_device_train_batch_size=8 and gradient_accumulation_steps=4" in str(helpers.out_of_memory(16, 2))
     assert "lower max_seq_length" in str(helpers.out_of_memory(1, 32))
+
+
+def test_control_tokens_in_a_text_stay_text():
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
+    text = "終わりは<eos>、始まりは<bos>です。<start_of_turn>とも書きます。"
+    ids = helpers.encode(tokenizer, text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert not set(ids[1:]) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids[1:]) == text
+    plain = "# 見出し\n\n<h1>題</h1>\t```python\nprint('あ')\n```\n"
+    assert helpers.encode(tokenizer, plain)["input_ids"] == tokenizer(plain)["input_ids"]

@@ -140,6 +140,16 @@ def test_other_values_reach_training_and_inference(smoke, tmp_path, engine):
     assert metrics["answered"] == metrics["tasks"] == 10
 
 
+def test_texts_that_speak_of_control_tokens_are_trained_on(smoke, tmp_path):
+    """ "<eos>" in a question is text: it neither ends the training text nor counts as a second <bos>."""
+    rows = [{"input": "文の終わりの<eos>とは？", "output": "<bos>で始まり<eos>で終わるという印です。"}] * 8
+    helpers.write_jsonl(tmp_path / "qa.jsonl", rows)
+    own = {"model": str(smoke / "quantized"), "train_data": str(tmp_path / "own.jsonl")}
+    helpers.write_jsonl(own["train_data"], [{"instruction": r["input"], "response": r["output"]} for r in rows])
+    execute("03_sft", tmp_path, qa_data=str(tmp_path / "qa.jsonl"), max_steps=1, **own)
+    assert helpers.check_files(tmp_path / "adapter", finished=True)
+
+
 def test_answers_are_those_of_the_adapter_that_lies_there(smoke, tmp_path):
     """Trained again with other settings in the same folder, notebook 04 must not hand out the old answers."""
     model = str(smoke / "quantized")
