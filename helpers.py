@@ -156,6 +156,15 @@ def _read_dataset(name: str, revision: str, max_rows: int) -> list[dict[str, Any
         ) from None
 
 
+def show(table: Any, longest: int = 200) -> Any:
+    """A pandas DataFrame for the reader: text at the left, its HTML as text, cut at `longest` characters; 3 digits."""
+    table = table.map(
+        lambda value: f"{value[:longest]} …" if isinstance(value, str) and len(value) > longest else value
+    )
+    left = [{"selector": "th, td", "props": "text-align: left; white-space: pre-wrap"}]
+    return table.style.format(escape="html", precision=3).set_table_styles(left)
+
+
 @contextmanager
 def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
     """Open `path` for writing so that the file appears only when complete (written beside, then renamed).

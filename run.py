@@ -137,6 +137,8 @@ def main() -> None:
             print(sweep_table([run[f"{min(notebooks)}.output_dir"] for run in runs]))
     except (RecipeError, KeyboardInterrupt) as error:
         sys.exit(f"run.py: {str(error) or 'interrupted; the same command goes on with the unfinished notebook'}")
+    except BrokenPipeError:  # `run.py ... | head`: nobody reads on
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"run.py: {error}; check that the disk has room and the folder can be written")
 

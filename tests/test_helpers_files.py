@@ -4,6 +4,7 @@ import gzip
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,3 +121,13 @@ def test_hub_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     assert helpers.hub_token("owner/name") == "hf_x"
     assert helpers.hub_token("") == ""
+
+
+def test_a_table_shows_text_as_text_and_cuts_it():
+    """What models and data say must not become HTML in the notebook."""
+    html = helpers.show(
+        pd.DataFrame({"text": ["<script>alert(1)</script>", "長" * 300], "value": [1 / 3, 2.0]})
+    ).to_html()
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    assert "長" * 200 + " …" in html and "長" * 201 not in html
+    assert "0.333" in html
