@@ -301,14 +301,21 @@ def record_path(product: str | Path) -> Path:
 
 
 def hash_files(product: str | Path) -> dict[str, str]:
-    """SHA-256 of a file, or of every file below a folder, by path relative to it; records and cards are left out."""
+    """SHA-256 of a file, or of every file below a folder, by path relative to it.
+
+    Of a folder, records and cards are left out, and what is no part of it: hidden files, the litter of systems, and
+    files that were not written to their end.
+    """
     product = Path(product)
-    files = sorted(product.rglob("*")) if product.is_dir() else [product]
-    base = product if product.is_dir() else product.parent
+    if not product.is_dir():
+        return {product.name: sha256_file(product)} if product.is_file() else {}
+    paths = {path.relative_to(product): path for path in sorted(product.rglob("*")) if path.is_file()}
     return {
-        path.relative_to(base).as_posix(): sha256_file(path)
-        for path in files
-        if path.is_file() and path.name not in ("record.json", "README.md")
+        name.as_posix(): sha256_file(path)
+        for name, path in paths.items()
+        if not any(part.startswith(".") for part in name.parts)
+        and name.name.lower() not in ("record.json", "readme.md", "thumbs.db", "desktop.ini")
+        and name.suffix != ".part"
     }
 
 
@@ -343,13 +350,27 @@ def write_record(product: str | Path, record: Mapping[str, Any]) -> None:
     write_json(record_path(product), {**record, "files": hash_files(product)})
 
 
+def is_record(value: Any) -> bool:
+    """Whether a value that JSON gave has the form of a record; `files` is missing in that of something unfinished."""
+
+    def has(row: Any, **kinds: type) -> bool:
+        return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+
+    def is_source(row: Any) -> bool:
+        return has(row, name=str, commit=str, sha256=str, inputs=dict) and all(map(is_source, row["inputs"].values()))
+
+    parts = {"stage": str, "inputs": dict, "settings": dict, "versions": dict, "files": dict}
+    whole = isinstance(value, dict) and has({"files": {}} | value, **parts)
+    return whole and all(map(is_source, value["inputs"].values()))
+
+
 def read_record(product: str | Path) -> dict[str, Any]:
-    """The record of a local folder or file; {} if there is none."""
-    path = record_path(product)
+    """The record of a local folder or file; {} if there is none, or one that is damaged or has another form."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise RecipeError(f"{path} cannot be read ({first_line(error)}): run the notebook that writes it") from None
+        record = json.loads(record_path(product).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if is_record(record) else {}
 
 
 def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
@@ -364,16 +385,19 @@ def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
 def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
     """The record of a local folder or file; {} if there is none, which is an error if it must be `finished`.
 
-    Raises RecipeError that names the first file that is missing, was added, or holds other bytes than were recorded.
+    Raises RecipeError that names the first file that is missing, was added, or holds other bytes than were recorded,
+    or says that the record is damaged or was only begun.
     """
-    record = read_record(product)
+    record, path = read_record(product), record_path(product)
+    own = f" (or, if what lies there is meant, delete {path} and name {product} in the parameters)"
+    if path.exists() and not record.get("files"):
+        raise RecipeError(f"{product} is unfinished, or {path} cannot be read: run the notebook that writes it{own}")
     if finished and not record:
         state = "has no record, so it was not written to its end" if Path(product).exists() else "does not exist"
         raise RecipeError(f"{product} {state}: run the notebook that writes it, or name another input")
     if record and (change := find_change(product, record)):
         raise RecipeError(
-            f"{product}: {change} after notebook {record['stage']} wrote it: run that notebook again, or, if the "
-            f"change is meant, delete {record_path(product)}"
+            f"{product}: {change} after notebook {record['stage']} wrote it: run that notebook again{own}"
         )
     return record
 
@@ -414,7 +438,7 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            record = json.loads(Path(hf_hub_download(name, "record.json", revision=commit)).read_text(encoding="utf-8"))
+            record = read_record(Path(hf_hub_download(name, "record.json", revision=commit)).parent)
         except EntryNotFoundError:
             record = {}
         files = record.get("files")
@@ -1117,32 +1141,38 @@ def noise_as_with_padding(model: Any, alpha: float) -> None:
 def checkpoint_to_resume(folder: str | Path, record: Mapping[str, Any], adapter: str | Path) -> Path | None:
     """The newest whole checkpoint below `folder` of the training with this `record`, or None to start anew.
 
-    A checkpoint is whole if every file is as its own record says (see `checkpoint_recorder`); others are named and left
-    out. If the checkpoints are those of another training, it depends on whether that one was finished, that is, whether
-    its `adapter` folder has its record: then the checkpoints are deleted, and so is the adapter's record, because the
-    adapter is about to be replaced. Otherwise RecipeError asks what to do with them, and nothing is touched.
+    A checkpoint is whole if every file is as its own record says (see `checkpoint_recorder`), which must be one of this
+    training; others are named and left out. If the checkpoints are those of another training, it depends on whether
+    that one was finished, that is, whether its `adapter` folder has its record: then the checkpoints are deleted.
+    Otherwise RecipeError asks what to do with them, and nothing is touched. The record of another training's adapter is
+    deleted, because the adapter is about to be replaced.
     """
     folder, adapter = Path(folder), Path(adapter)
     numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
-    checkpoints = sorted((path for path, found in numbers.items() if found), key=lambda path: int(numbers[path][1]))
-    old = read_record(folder)
+    checkpoints = sorted((path for path, found in numbers.items() if found), key=lambda path: -int(numbers[path][1]))
+    finished = read_record(adapter)
+    # Every checkpoint repeats the record of the training, so that no single damaged file makes it unknown.
+    old = next(filter(None, map(read_record, [folder, *checkpoints])), {})
     changed = changed_parts(old, record) if old else ["what it was started with"] if checkpoints else []
     if changed:
-        if not old or changed_parts(read_record(adapter) or {"inputs": {}, "settings": {}}, old):
+        if not old or not finished or changed_parts(finished, old):
             raise RecipeError(
                 f"{folder} holds an interrupted training with other values of {', '.join(changed)}: set them back to "
                 "go on with it, or choose another output_dir, or delete that folder"
             )
-        record_path(adapter).unlink()
         shutil.rmtree(folder)
         checkpoints = []
+    if finished and changed_parts(finished, record):
+        record_path(adapter).unlink()
     write_json(folder / "record.json", record)
-    for checkpoint in reversed(checkpoints):
-        try:
-            own = read_record(checkpoint)
-            problem = find_change(checkpoint, own) if own else "it was not written to its end"
-        except RecipeError as error:
-            problem = str(error)
+    for checkpoint in checkpoints:
+        own = read_record(checkpoint)
+        if not own.get("files") or "measured" not in own:
+            problem = "it was not written to its end, or its record cannot be read"
+        elif changed_parts(own, record):
+            problem = "it is of another training"
+        else:
+            problem = find_change(checkpoint, own)
         if not problem:
             return checkpoint
         print(f"{checkpoint} is left out: {problem}")
@@ -1996,7 +2026,8 @@ _locks: dict[Path, Any] = {}  # held until the process ends
 def lock_folder(folder: str | Path, stage: str) -> None:
     """Lock `folder` for `stage` until this process ends; RecipeError if another process holds that lock.
 
-    The system gives the lock back when a process is killed; where a file system has none, nothing is locked.
+    The system gives the lock back when a process is killed; where a file system has none, nothing is locked. A folder
+    that cannot be written is a RecipeError, too: better now than after the hours whose result could not be saved.
     """
     import socket
 
@@ -2005,19 +2036,21 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     path = Path(folder, f".{stage}.lock").resolve()
     if path in _locks:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(path), path.with_suffix(".holder")
+    me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
     except (NotImplementedError, OSError):
-        return
+        pass  # no locks here, or nothing can be written: that the next lines tell
+    try:
+        holder.write_text(me, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"output_dir {folder} cannot be written ({first_line(error)}); choose another one") from None
     _locks[path] = lock
-    holder.write_text(
-        f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}", encoding="utf-8"
-    )
 
 
 def find_gpu() -> dict[str, Any] | None:
@@ -2208,12 +2241,31 @@ def load_model(
     else:
         device = os.environ.get("LOCAL_RANK")  # set by `accelerate launch`: one process a GPU, the whole model on each
         device_map = "cpu" if not gpu else {"": int(device)} if device else "auto"
-        model = AutoModelForCausalLM.from_pretrained(name, device_map=device_map, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, device_map=device_map, output_loading_info=True, **options
+        )
+        if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+            raise RecipeError(f"{name}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
     keep_weights_unpacked(model)
     if model.config._name_or_path != name:
         raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
     return model, tokenizer
+
+
+def load_adapter(model: Any, name: str, revision: str = "") -> Any:
+    """The model with the LoRA adapter of a folder or hub repository; RecipeError if some of its tensors are missing."""
+    import warnings
+
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:  # by default peft would turn the adapter into float32 and cast every input to it
+            return PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False, revision=revision or None)
+        except UserWarning as error:
+            missing = str(error).count("lora_")
+            raise RecipeError(f"{name}: {missing} of its tensors are missing; train or fetch it again") from None
 
 
 def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -51,20 +52,19 @@ def products(output_dir: Path) -> dict[str, dict]:
     """The record of everything finished below `output_dir`, by path; see Records in helpers.py."""
     names = [*output_dir.glob("*/record.json"), *output_dir.glob("*.record.json")]
     found = {path.parent if path.name == "record.json" else Path(str(path)[: -len(".record.json")]) for path in names}
-    records = {}
-    for path in sorted(found):
-        try:
-            records[path.name] = read_record(path)
-        except RecipeError as error:  # its notebook runs again and writes a new one
-            print(error)
-    return {name: record for name, record in records.items() if "files" in record}
+    records = {path.name: read_record(path) for path in sorted(found)}
+    return {name: record for name, record in records.items() if record.get("files")}
+
+
+def reports(output_dir: Path, started: float) -> dict[str, dict]:
+    """The hash of every single file in `output_dir` that was written after `started`, by name, as in a record."""
+    files = [path for path in output_dir.iterdir() if path.is_file() and path.stat().st_mtime >= started]
+    return {path.name: hash_files(path) for path in files if path.name != "run.json" and path.name[0] != "."}
 
 
 def contents(value: object) -> str:
     """What a parameter names, if it is a file or folder: a hash that changes with it; else ""."""
-    if not os.path.exists(str(value)):
-        return ""
-    return digest(read_record(value).get("files") or hash_files(value))
+    return digest(hash_files(str(value))) if os.path.exists(str(value)) else ""
 
 
 def why_run(record: dict, parts: dict, executed: Path) -> str:
@@ -72,9 +72,12 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     old = record.get("parts", {})
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
         return f"changed: {', '.join(changed)}" if old else "not finished yet"
+    output_dir = executed.parent.parent
     for name, files in record.get("products", {}).items():
-        if change := find_change(executed.parent.parent / name, {"files": files}):
+        if change := find_change(output_dir / name, {"files": files}):
             return f"{name}: {change}"
+        if (output_dir / name).is_dir() and read_record(output_dir / name).get("files") != files:
+            return f"{name}: its record is missing or was changed"
     try:
         finished = not json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -96,7 +99,7 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
         before = {f"{key} of {r['stage']}": digest(r["files"]) for key, r in made if r["stage"] < name}
         parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint}
         parts |= parameters | before
-        parts |= {f"contents of {v}": contents(v) for k, v in parameters.items() if k != "output_dir" and contents(v)}
+        parts |= {f"contents of {v}": c for k, v in parameters.items() if k != "output_dir" and (c := contents(v))}
         fingerprint = digest(parts)
         executed = output_dir / "notebooks" / f"{name}.ipynb"
         why = "--force" if args.force else why_run(records.get(name, {}), parts, executed)
@@ -105,8 +108,10 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
             print("".join(f"    {key}={v!r}\n" for key, v in parameters.items() if v != defaults[key]), end="")
         elif why:
             write_json(run_json, {k: v for k, v in records.items() if k != name})  # if interrupted, it is not finished
+            started = time.time()
             seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
             made = {key: r["files"] for key, r in products(output_dir).items() if r["stage"] == name}
+            made |= reports(output_dir, started)
             records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts, "products": made}
             write_json(run_json, records)
     print("" if args.dry_run else report_table(output_dir))

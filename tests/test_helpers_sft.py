@@ -56,7 +56,7 @@ def checkpoint(folder, step, record):
     path.mkdir(parents=True)
     for name in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors"):
         (path / name).write_text(f"{name} {step}")
-    helpers.write_record(path, record)
+    helpers.write_record(path, record | {"measured": {"seconds": 1.0}})
     return path
 
 
@@ -106,7 +106,13 @@ def test_resume_refuses_checkpoints_of_other_settings_or_another_base(folder, ad
         with pytest.raises(RecipeError, match=rf"other values of {named}:"):
             helpers.checkpoint_to_resume(folder, other, adapter)
     assert helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
+    (folder / "record.json").write_text("[]")
+    with pytest.raises(RecipeError, match=r"other values of r:"):  # every checkpoint repeats the record
+        helpers.checkpoint_to_resume(folder, training(r=16, seed=1), adapter)
     (folder / "record.json").unlink()
+    assert helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
+    (folder / "record.json").unlink()
+    (kept / "record.json").unlink()
     with pytest.raises(RecipeError, match="other values of what it was started with"):
         helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
 
@@ -133,6 +139,22 @@ def test_another_training_after_a_finished_one_starts_anew(folder, adapter):
     assert helpers.checkpoint_to_resume(folder, training(r=16), adapter) is None
     assert not helpers.read_record(adapter), "the old adapter still counts as finished"
     assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_checkpoint_of_another_training_is_left_out(folder, adapter, capsys):
+    own, other = checkpoint(folder, 5, training(r=8)), checkpoint(folder, 10, training(r=8, base="2"))
+    helpers.write_json(folder / "record.json", training(r=8))
+    assert helpers.checkpoint_to_resume(folder, training(r=8), adapter) == own
+    assert f"{other} is left out: it is of another training" in capsys.readouterr().out
+
+
+def test_an_old_adapter_is_not_finished_once_another_training_has_begun(folder, adapter):
+    finish(adapter, training(r=8))
+    assert helpers.checkpoint_to_resume(folder, training(r=8), adapter) is None  # the checkpoints were deleted
+    assert helpers.check_files(adapter, finished=True)
+    assert helpers.checkpoint_to_resume(folder, training(r=16), adapter) is None
+    with pytest.raises(RecipeError, match="has no record"):
+        helpers.check_files(adapter, finished=True)
 
 
 def test_noise_without_padding_is_that_of_a_padded_batch():

@@ -72,6 +72,43 @@ def test_a_product_that_is_not_what_was_written_is_refused(product, change, mess
     assert str(product) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["", '{"inp', "[]", "{}", '{"model": "a", "files": {}}', "[" * 100_000, "\xff"])
+def test_a_record_that_is_damaged_or_of_another_form_is_one_line(product, text):
+    """Nothing may use such a folder, named or not; the notebook that writes it is not held up."""
+    (product / "record.json").write_text(text, encoding="latin-1")
+    for finished in (True, False):
+        with pytest.raises(RecipeError, match=r"is unfinished, or .*record\.json cannot be read: run the notebook"):
+            helpers.check_files(product, finished)
+    helpers.check_free_folder(product, source("a/c"))
+
+
+def test_a_record_in_which_a_key_of_an_input_is_missing_is_none(product):
+    record = json.loads((product / "record.json").read_text())
+    del record["inputs"]["model"]["sha256"]
+    (product / "record.json").write_text(json.dumps(record))
+    assert helpers.read_record(product) == {}
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "sub/.DS_Store", "Thumbs.db", ".ipynb_checkpoints/config.json", ".gitattributes", "a.part"]
+)
+def test_what_systems_put_into_every_folder_is_no_part_of_it(product, name):
+    before = helpers.model_source(str(product), finished=True)
+    (product / name).parent.mkdir(exist_ok=True)
+    (product / name).write_text("x")
+    assert helpers.model_source(str(product), finished=True) == before
+    helpers.write_record(product, helpers.read_record(product))  # as after a kill while record.json.part was written
+    assert helpers.read_record(product)["files"].keys() == {"weights", "sub/tokens", "config.json"}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("/proc/1/x", tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(RecipeError, match=rf"^output_dir {folder} cannot be written") as error:
+            helpers.place_outputs(str(folder), "", "03_sft")
+        assert "\n" not in str(error.value)
+
+
 def test_a_model_is_its_contents_wherever_it_lies(product, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(product, moved)

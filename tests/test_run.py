@@ -151,6 +151,7 @@ product = Path(output_dir) / "adapter"
 product.mkdir(exist_ok=True)
 (product / "weights").write_text("made by " + NAME)
 (product / "config").write_text("{}")
+Path(output_dir, "report.json").write_text("1")
 helpers.write_record(product, helpers.make_record(NAME, {}, {}, []))
 """
 )
@@ -162,6 +163,10 @@ helpers.write_record(product, helpers.make_record(NAME, {}, {}, []))
         (lambda adapter: (adapter / "weights").write_text("other"), "run, adapter: weights was changed"),
         (lambda adapter: (adapter / "config").unlink(), "run, adapter: config is missing"),
         (shutil.rmtree, "run, adapter: config is missing"),
+        (lambda adapter: (adapter / "record.json").unlink(), "run, adapter: its record is missing"),
+        (lambda adapter: (adapter / "record.json").write_text("[]"), "run, adapter: its record is missing"),
+        (lambda adapter: (adapter.parent / "report.json").unlink(), "run, report.json: report.json is missing"),
+        (lambda adapter: (adapter.parent / "report.json").write_text("9"), "run, report.json: report.json was changed"),
     ],
 )
 def test_a_product_that_was_changed_or_deleted_is_made_again(folder: Path, change, why: str) -> None:
