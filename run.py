@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -72,17 +73,16 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     old = record.get("parts", {})
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
         return f"changed: {', '.join(changed)}" if old else "not finished yet"
-    output_dir = executed.parent.parent
     for name, files in record.get("products", {}).items():
-        if change := find_change(output_dir / name, {"files": files}):
+        product = executed.parent.parent / name
+        if change := find_change(product, {"files": files}):
             return f"{name}: {change}"
-        if (output_dir / name).is_dir() and read_record(output_dir / name).get("files") != files:
+        if product.is_dir() and read_record(product).get("files") != files:
             return f"{name}: its record is missing or was changed"
-    try:
-        finished = not json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"]
-    except (OSError, ValueError, LookupError, TypeError):
-        finished = False
-    return "" if finished else f"{executed} is missing or holds an error"
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        if not json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"]:
+            return ""
+    return f"{executed} is missing or holds an error"
 
 
 def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
@@ -94,8 +94,7 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
         if name[:2] < args.start or args.only not in (None, name[:2]):
             fingerprint = records.get(name, {}).get("fingerprint", "")
             continue
-        parameters = {key: chosen[f"{name}.{key}"] for key in defaults}
-        made = products(output_dir).items()
+        parameters, made = {key: chosen[f"{name}.{key}"] for key in defaults}, products(output_dir).items()
         before = {f"{key} of {r['stage']}": digest(r["files"]) for key, r in made if r["stage"] < name}
         parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint}
         parts |= parameters | before
