@@ -1,9 +1,8 @@
 """Run the notebooks in order with papermill: `python run.py data/runs/smoke.yaml`.
 
 A run file holds `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
-What is finished (<output_dir>/run.json) is skipped while all it depends on is the same by contents: code, helpers.py,
-parameters, files and folders that they name, what the notebooks before it wrote; and while what it wrote is there,
-unchanged. Executed notebooks are kept in <output_dir>/notebooks/.
+A notebook is skipped while all it depends on has the same contents (code, helpers.py, parameters and the files they
+name, what earlier notebooks wrote) and what it wrote is unchanged; <output_dir>/run.json and notebooks/ hold the rest.
 """
 
 import argparse
@@ -51,8 +50,8 @@ def failed_cell(source: Path, executed: Path) -> str:
 
 def products(output_dir: Path) -> dict[str, dict]:
     """The record of everything finished below `output_dir`, by path; see Records in helpers.py."""
-    names = [*output_dir.glob("*/record.json"), *output_dir.glob("*.record.json")]
-    found = {path.parent if path.name == "record.json" else Path(str(path)[: -len(".record.json")]) for path in names}
+    found = [path.parent for path in output_dir.glob("*/record.json")]
+    found += [Path(str(path).removesuffix(".record.json")) for path in output_dir.glob("*.record.json")]
     records = {path.name: read_record(path) for path in sorted(found)}
     return {name: record for name, record in records.items() if record.get("files")}
 
@@ -88,8 +87,7 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
 def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
     """Run the selected notebooks of one run file that are not finished; with --dry-run only say which and why."""
     output_dir, fingerprint = Path(chosen[f"{min(notebooks)}.output_dir"]), ""
-    run_json = output_dir / "run.json"
-    records = read_report(run_json)
+    records = read_report(run_json := output_dir / "run.json")
     for name, (code, defaults) in notebooks.items():
         if name[:2] < args.start or args.only not in (None, name[:2]):
             fingerprint = records.get(name, {}).get("fingerprint", "")
