@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import colab_setup
 import helpers
@@ -108,3 +109,31 @@ def test_only_the_known_notes_are_quiet(name, known, caplog):
     for text in (known, other):
         logging.getLogger(name).warning(text)
     assert [record.getMessage() for record in caplog.records] == [other]
+
+
+def without_a_tensor(source: Path, target: Path) -> str:
+    """A copy of a folder whose weights lack the last tensor; returns that tensor's name."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("record.json"))
+    (path,) = target.glob("*model.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    return name
+
+
+def test_a_model_without_one_of_its_tensors_stops_the_run(tmp_path):
+    """transformers would fill it with random numbers and go on."""
+    without_a_tensor(ROOT / "data/tiny/gemma2", tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"model: 1 tensors are missing, such as model\."):
+        helpers.load_model(str(tmp_path / "model"), "transformers", max_seq_length=64)
+
+
+def test_an_adapter_without_one_of_its_tensors_stops_the_run(smoke, tmp_path):
+    without_a_tensor(smoke / "adapter", tmp_path / "adapter")
+    model, _ = helpers.load_model(str(smoke / "quantized"), "transformers", max_seq_length=64)
+    with pytest.raises(RecipeError, match=r"adapter: 1 of its tensors are missing"):
+        helpers.load_adapter(model, str(tmp_path / "adapter"))
+    helpers.load_adapter(
+        helpers.load_model(str(smoke / "quantized"), "transformers", max_seq_length=64)[0], str(smoke / "adapter")
+    )
