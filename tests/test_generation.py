@@ -411,7 +411,7 @@ def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decod
     with torch.no_grad():
         before = model(torch.tensor([prompts[0]])).logits[0, -1].softmax(-1)
     assert steps[0]["probability before"] == pytest.approx(float(before[tokens[0]]), rel=1e-4)
-    assert steps[0]["its probability"] == pytest.approx(float(before.max()), rel=1e-4)
+    assert steps[0]["probability of first before"] == pytest.approx(float(before.max()), rel=1e-4)
     assert all(0 < step["probability"] <= 1 for step in steps)
 
 
