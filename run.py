@@ -75,7 +75,7 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     output_dir = executed.parent.parent
     for name, files in record.get("products", {}).items():
         if change := find_change(output_dir / name, {"files": files}):
-            return f"{name}: {change}"
+            return change if change.startswith(name) else f"{name}: {change}"
         if (output_dir / name).is_dir() and read_record(output_dir / name).get("files") != files:
             return f"{name}: its record is missing or was changed"
     try:

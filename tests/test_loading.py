@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import colab_setup
 import helpers
@@ -31,6 +33,27 @@ def test_another_model_than_named_stops_the_run(two_models):
 def test_the_plain_engine_loads_what_was_named(two_models):
     model, _ = helpers.load_model(str(two_models), "transformers", max_seq_length=64)
     assert model.config._name_or_path == str(two_models)
+
+
+def drop_tensors(path, part):
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if part not in name}, path, {"format": "pt"})
+
+
+def test_a_model_or_adapter_without_some_of_its_tensors_stops_the_run(two_models, tmp_path):
+    """transformers would fill up the one with random numbers and leave out the other, with no more than a warning."""
+    model, _ = helpers.load_model(str(two_models), "transformers", max_seq_length=64)
+    config = LoraConfig(target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    model, _ = helpers.load_model(str(two_models), "transformers", max_seq_length=64)
+    assert helpers.load_adapter(model, str(tmp_path / "adapter")).peft_config
+    drop_tensors(tmp_path / "adapter/adapter_model.safetensors", "layers.1.self_attn.k_proj.lora_B")
+    model, _ = helpers.load_model(str(two_models), "transformers", max_seq_length=64)
+    with pytest.raises(RecipeError, match=r"adapter: 1 of its tensors are missing; train or fetch it again"):
+        helpers.load_adapter(model, str(tmp_path / "adapter"))
+    drop_tensors(two_models / "model.safetensors", "layers.0.input_layernorm")
+    with pytest.raises(RecipeError, match=r"1 tensors are missing, such as model\.layers\.0\.input_layernorm"):
+        helpers.load_model(str(two_models), "transformers", max_seq_length=64)
 
 
 def test_unsloth_knows_a_repository_of_its_own_for_gemma_2_27b():
