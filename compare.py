@@ -35,7 +35,11 @@ def read_report(path: Path) -> dict[str, Any]:
         report = None
     is_run = path.name == "run.json"
     records = report.values() if is_run and isinstance(report, dict) else ()
-    if isinstance(report, dict) and all(isinstance(record, dict) and "parts" in record for record in records):
+    # What a notebook depended on and, in run.json of today, what it made.
+    parts = [
+        part for r in records for part in ((r.get("parts"), r.get("products", {})) if isinstance(r, dict) else [r])
+    ]
+    if isinstance(report, dict) and all(isinstance(part, dict) for part in parts):
         return report
     writer = "run.py, which then runs the notebooks again" if is_run else "the notebook that writes it, again"
     raise RecipeError(f"{path}: damaged or cut short; delete it and run {writer}")

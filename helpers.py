@@ -2040,13 +2040,13 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
-        raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
-    except (NotImplementedError, OSError):
-        pass  # no locks here, or nothing can be written: that the next lines tell
-    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+            raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
+        except (NotImplementedError, OSError):
+            pass  # no locks here, or nothing can be written: that the next line tells
         holder.write_text(me, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"output_dir {folder} cannot be written ({first_line(error)}); choose another one") from None

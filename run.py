@@ -75,7 +75,7 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     for name, files in record.get("products", {}).items():
         product = executed.parent.parent / name
         if change := find_change(product, {"files": files}):
-            return f"{name}: {change}"
+            return change if change.startswith(name) else f"{name}: {change}"
         if product.is_dir() and read_record(product).get("files") != files:
             return f"{name}: its record is missing or was changed"
     with suppress(OSError, ValueError, LookupError, TypeError):

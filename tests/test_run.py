@@ -165,8 +165,8 @@ helpers.write_record(product, helpers.make_record(NAME, {}, {}, []))
         (shutil.rmtree, "run, adapter: config is missing"),
         (lambda adapter: (adapter / "record.json").unlink(), "run, adapter: its record is missing"),
         (lambda adapter: (adapter / "record.json").write_text("[]"), "run, adapter: its record is missing"),
-        (lambda adapter: (adapter.parent / "report.json").unlink(), "run, report.json: report.json is missing"),
-        (lambda adapter: (adapter.parent / "report.json").write_text("9"), "run, report.json: report.json was changed"),
+        (lambda adapter: (adapter.parent / "report.json").unlink(), "run, report.json is missing"),
+        (lambda adapter: (adapter.parent / "report.json").write_text("9"), "run, report.json was changed"),
     ],
 )
 def test_a_product_that_was_changed_or_deleted_is_made_again(folder: Path, change, why: str) -> None:
@@ -265,7 +265,17 @@ def test_the_repositorys_own_folders_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"01_quantize": {"pa', "[]", '{"01_quantize": 3}', '{"01_quantize": {}}', "\ufeff{"]
+    "content",
+    [
+        "",
+        '{"01_quantize": {"pa',
+        "[]",
+        '{"01_quantize": 3}',
+        '{"01_quantize": {}}',
+        '{"01_quantize": {"parts": [1]}}',
+        '{"01_quantize": {"parts": {}, "products": []}}',
+        "\ufeff{",
+    ],
 )
 def test_a_damaged_run_json_is_named_with_what_to_do(folder: Path, content: str) -> None:
     (folder / "outputs/a/run.json").write_text(content)
