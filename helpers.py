@@ -1789,8 +1789,7 @@ def summarize_scores(per_task: Sequence[Mapping[str, Any]], without: Iterable[An
 
 def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
     """SHA-256 of the tasks' ids, questions and references: runs are comparable only where it is the same."""
-    known = [[task["task_id"], task["input"], reference_of(task)] for task in tasks]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return digest([[task["task_id"], task["input"], reference_of(task)] for task in tasks])
 
 
 # The judge. The rubric is that of ELYZA-tasks-100 in our words; change the version with the wording.
