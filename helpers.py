@@ -2143,6 +2143,19 @@ def capped_attention(query: Any, key: Any, value: Any, hidden: Any, scaling: flo
     return torch.matmul(weights.view(*grouped.shape[:-1], -1), value).view(query.shape)
 
 
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """RecipeError if a model hands its attention a number or tensor that ours would leave out, such as sinks or a mask.
+
+    What models hand down to every layer and attention does not use is no reason.
+    """
+    import torch
+
+    unused = ("position_ids", "cache_position", "num_items_in_batch", "shift_labels")
+    for name, value in arguments.items():
+        if name not in unused and (isinstance(value, torch.Tensor | dict | list) or (value or None) not in (None, True)):
+            raise RecipeError(f"this model's attention uses {name}, which is not known here")
+
+
 def example_attention(
     module: Any,
     query: Any,
@@ -2153,16 +2166,18 @@ def example_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     position_ids: Any = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Any, None]:
     """Causal `capped_attention` for training rows that hold several examples end to end.
 
     An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. Every example gets its
     own scores, so the work grows with the square of an example's length, not of the row's, and nothing is compiled.
     Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
+    RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
     import torch
 
+    refuse_arguments(others | {"attention_mask": attention_mask})
     tokens = query.shape[2]
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
