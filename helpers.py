@@ -2102,26 +2102,21 @@ def judge_answers(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def place_outputs(output_dir: str, drive_dir: str, stage: str) -> str:
+def place_outputs(output_dir: str, drive_dir: str) -> str:
     """The folder to write to: `output_dir`, on Colab below `drive_dir` in the reader's Google Drive, which is mounted.
 
-    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing. The folder
-    is locked for the notebook `stage` until the process ends; RecipeError says who holds the lock.
+    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing.
     """
     check_output_dir(output_dir)
     try:
         from google.colab import drive
     except ImportError:
-        pass
-    else:
-        if drive_dir:
-            drive.mount("/content/drive")
-            output_dir = str(Path("/content/drive/MyDrive", drive_dir, output_dir))
-        else:
-            print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
-    if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate) the first one locks for all
-        lock_folder(output_dir, stage)
-    return output_dir
+        return output_dir
+    if not drive_dir:
+        print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
+        return output_dir
+    drive.mount("/content/drive")
+    return str(Path("/content/drive/MyDrive", drive_dir, output_dir))
 
 
 # The repository's own folders, besides those that begin with a dot.
@@ -2145,6 +2140,7 @@ _locks: dict[Path, Any] = {}  # held until the process ends
 def lock_folder(folder: str | Path, stage: str) -> None:
     """Lock `folder` for `stage` until this process ends; RecipeError if another process holds that lock.
 
+    Of several processes (accelerate) the first one locks for all.
     The system gives the lock back when a process is killed; where a file system has none, nothing is locked. A folder
     that cannot be written is a RecipeError, too: better now than after the hours whose result could not be saved.
     """
@@ -2153,7 +2149,7 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     from filelock import FileLock, Timeout
 
     path = Path(folder, f".{stage}.lock").resolve()
-    if path in _locks:
+    if path in _locks or os.environ.get("RANK", "0") != "0":
         return
     lock, holder = FileLock(path), path.with_suffix(".holder")
     me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
