@@ -499,6 +499,114 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in parts[0].keys() | parts[1].keys() if parts[0].get(key) != parts[1].get(key))
 
 
+class Text(NamedTuple):
+    """Text that `pattern` matches as a whole; `words` say the same to a reader."""
+
+    pattern: str
+    words: str
+
+
+NAME = Text(r"(?![~\s]).*\S", "the name of a file, a folder or a hub repository, without ~ and spaces at its ends")
+NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
+HUB_REPO = Text(r"([\w.-]+/[\w.-]+)?", "empty or a hub repository, owner/name")
+URL = Text(r"(https?://[^\s/]\S*)?", "empty or an address that begins with https:// or http://")
+PROJECT = Text(r"[^/\\#?%:\n]{0,128}", "empty or a name of at most 128 characters without / \\ # ? % :")
+ANY_TEXT = Text(r".*", "text on one line")
+ENGINES = ["transformers", "unsloth"]
+MANY = 10**9
+
+# What each parameter of the notebooks may be: a choice from a list, a whole number of a range, a real number from a
+# smallest to a largest value, or text. The upper limits are there for slips of the hand.
+PARAMETERS: dict[str, list | range | tuple[float, float] | Text] = {
+    # all notebooks
+    "output_dir": NAME,
+    "drive_dir": NAME_OR_EMPTY,
+    "hub_repo": HUB_REPO,
+    "allow_licences": ANY_TEXT,
+    "engine": ENGINES,
+    "model": NAME_OR_EMPTY,
+    "qa_data": NAME,
+    "train_data": NAME_OR_EMPTY,
+    "max_seq_length": range(16, 2**20),
+    # 01_quantize
+    "base_model": NAME,
+    "base_revision": NAME_OR_EMPTY,
+    "quant_type": ["nf4", "fp4"],
+    "double_quant": [True, False],
+    # 02_filter_magpie
+    "dataset": NAME,
+    "dataset_revision": NAME_OR_EMPTY,
+    "max_rows": range(MANY),
+    "rules": NAME,
+    # 03_sft
+    "r": range(1, 4097),
+    "lora_alpha": (1e-3, 65_536),
+    "learning_rate": (1e-9, 0.1),
+    "num_train_epochs": (1e-3, 1_000),
+    "per_device_train_batch_size": range(1, 4097),
+    "gradient_accumulation_steps": range(1, 65_537),
+    "warmup_steps": range(MANY),
+    "loss_on": ["text", "answer"],
+    "neftune_noise_alpha": (0, 1_000),
+    "save_steps": range(1, MANY),
+    "logging_steps": range(1, MANY),
+    "max_steps": range(MANY),
+    "seed": range(2**32),
+    "wandb_project": PROJECT,
+    # 04_rag_inference
+    "adapter": NAME_OR_EMPTY,
+    "tasks": NAME,
+    "retriever": NAME,
+    "k": range(10_001),
+    "query_max_tokens": range(8, 8193),
+    "max_new_tokens": range(1, 2**20),
+    "repetition_penalty": (1, 10),
+    "penalize_prompt": [True, False],
+    "ban_words": [True, False],
+    "prompt_style": ["2024", "training"],
+    "batch_size": range(4097),
+    "time_budget_minutes": (0, 100_000),
+    "judge_base_url": URL,
+    "judge_model": ANY_TEXT,
+}
+
+
+def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
+    """RecipeError if a parameter among `values` is not what PARAMETERS allows; it names all that are wrong.
+
+    Other names are left alone, so a notebook passes its globals(). `section` (of a run file) goes before the names.
+    """
+    wrong = []
+    for name, allowed in PARAMETERS.items():
+        value = values.get(name, ...)
+        if value is ... or _is_allowed(value, allowed):
+            continue
+        words, text = _allowed_words(allowed), "" if value is None else value
+        if not isinstance(value, str) and (isinstance(allowed, Text) or isinstance(allowed[0], str)):
+            words += f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
+        wrong.append(f"{section}{name} must be {words}; it is {value!r}")
+    if wrong:
+        raise RecipeError("; ".join(wrong))
+
+
+def _is_allowed(value: Any, allowed: list | range | tuple[float, float] | Text) -> bool:
+    if isinstance(allowed, Text):
+        return isinstance(value, str) and re.fullmatch(allowed.pattern, value) is not None
+    if isinstance(allowed, tuple):
+        return type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
+    return type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
+
+
+def _allowed_words(allowed: list | range | tuple[float, float] | Text) -> str:
+    if isinstance(allowed, Text):
+        return allowed.words
+    if isinstance(allowed, range):
+        return f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
+    if isinstance(allowed, tuple):
+        return f"a number from {allowed[0]:g} to {allowed[1]:,g}"
+    return " or ".join(repr(choice) for choice in allowed)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 2. Quantize
 # --------------------------------------------------------------------------------------------------------------------
@@ -2149,29 +2257,36 @@ def judge_answers(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-ENGINES = ("unsloth", "transformers")
-
-
-def place_outputs(output_dir: str, drive_dir: str, stage: str) -> str:
+def place_outputs(output_dir: str, drive_dir: str) -> str:
     """The folder to write to: `output_dir`, on Colab below `drive_dir` in the reader's Google Drive, which is mounted.
 
-    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing. The folder
-    is locked for the notebook `stage` until the process ends; RecipeError says who holds the lock.
+    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing.
     """
-    output_dir = os.path.expanduser(output_dir)
+    check_output_dir(output_dir)
     try:
         from google.colab import drive
     except ImportError:
-        pass
-    else:
-        if drive_dir:
-            drive.mount("/content/drive")
-            output_dir = str(Path("/content/drive/MyDrive", drive_dir, output_dir))
-        else:
-            print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
-    if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate) the first one locks for all
-        lock_folder(output_dir, stage)
-    return output_dir
+        return output_dir
+    if not drive_dir:
+        print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
+        return output_dir
+    drive.mount("/content/drive")
+    return str(Path("/content/drive/MyDrive", drive_dir, output_dir))
+
+
+# The repository's own folders, besides those that begin with a dot.
+OWN_FOLDERS = ("benchmarks", "data", "docs", "notebooks", "pipelines", "tests")
+
+
+def check_output_dir(output_dir: str) -> None:
+    """RecipeError if `output_dir` is a file, or lies over the files of the repository, which is the current folder."""
+    root, folder = Path.cwd(), Path(output_dir).resolve()
+    first = folder.relative_to(root).parts[0].lower() if root in folder.parents else ""
+    if folder == root or folder in root.parents or first.startswith(".") or first in OWN_FOLDERS:
+        raise RecipeError(f"output_dir {output_dir!r} lies over the repository's own files; take one like outputs/NAME")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise RecipeError(f"output_dir {output_dir!r}: {place} is a file; output_dir must be a folder")
 
 
 _locks: dict[Path, Any] = {}  # held until the process ends
@@ -2180,6 +2295,7 @@ _locks: dict[Path, Any] = {}  # held until the process ends
 def lock_folder(folder: str | Path, stage: str) -> None:
     """Lock `folder` for `stage` until this process ends; RecipeError if another process holds that lock.
 
+    Of several processes (accelerate) the first one locks for all.
     The system gives the lock back when a process is killed; where a file system has none, nothing is locked. A folder
     that cannot be written is a RecipeError, too: better now than after the hours whose result could not be saved.
     """
@@ -2188,7 +2304,7 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     from filelock import FileLock, Timeout
 
     path = Path(folder, f".{stage}.lock").resolve()
-    if path in _locks:
+    if path in _locks or os.environ.get("RANK", "0") != "0":
         return
     lock, holder = FileLock(path), path.with_suffix(".holder")
     me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
