@@ -2505,9 +2505,7 @@ def example_attention(
 
 
 def start_engine(engine: str) -> None:
-    """Import unsloth, if it is the engine, before the libraries that it patches; RecipeError for an unknown engine."""
-    if engine not in ENGINES:
-        raise RecipeError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+    """Import unsloth, if it is the engine, before the libraries that it patches."""
     if engine == "unsloth":
         # No usage statistics.
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -2578,8 +2576,8 @@ def load_model(
     Its attention is eager, because the default of transformers, sdpa, leaves out the softcapping of Gemma 2's scores.
     On a GPU unsloth brings its own attention, with softcapping. Of the model's own settings for `generate` only the end
     tokens are kept: a repetition penalty there would be applied on top of the recipe's.
-    Raises RecipeError for an unknown engine, a model that is missing or does not fit (see `text_config`), a large one
-    without a GPU, and if another model than `name` was loaded.
+    Raises RecipeError for a missing model, one that does not fit (see `text_config`), a large one without a GPU, and if
+    another model than `name` was loaded.
     """
     start_engine(engine)
     import torch
