@@ -2394,6 +2394,10 @@ def text_config(name: str, revision: str = "", max_seq_length: int = 0) -> Any:
         problem = f"it has layers that are not attention ({', '.join(sorted(kinds)) or 'with a state of their own'})"
     elif max_seq_length > longest:
         problem = f"it reads at most {longest} tokens: lower max_seq_length ({max_seq_length})"
+    try:
+        cache_shape(config)
+    except Exception as error:  # Gemma 4
+        problem = problem or f"its layers differ in their sizes ({first_line(error)})"
     if problem:
         raise RecipeError(f"{name}: {problem}")
     if config is not whole and hasattr(whole, "quantization_config"):
@@ -2530,7 +2534,10 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
+    except Exception as error:
+        raise RecipeError(f"{name}: its tokenizer cannot be used ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"{name}: its tokenizer has no end token, so that no answer would ever end")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):

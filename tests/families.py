@@ -176,6 +176,7 @@ def make_checkpoint(family: str, folder: Path, **changes) -> Path:
     model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, **GENERATION)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
     return folder
 
 

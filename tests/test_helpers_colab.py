@@ -74,8 +74,17 @@ class TestFit:
 
     @pytest.mark.parametrize(
         ("run_file", "free_gib"),
-        [("t4", 14.6), ("l4", 22.0), ("a100", 39.0), ("h100", 79.0), ("seed2024", 39.0), ("g4", 94.0)]
-        + [("swallow27b", 39.0), ("llmjp4-8b", 22.0), ("qwen3-8b", 22.0)],
+        [
+            ("t4", 14.6),
+            ("l4", 22.0),
+            ("a100", 39.0),
+            ("h100", 79.0),
+            ("seed2024", 39.0),
+            ("g4", 94.0),
+            ("swallow27b", 39.0),
+            ("llmjp4-8b", 22.0),
+            ("qwen3-8b", 22.0),
+        ],
     )
     def test_run_files_fit_their_gpus(self, run_file, free_gib):
         run = yaml.safe_load((ROOT / f"data/runs/{run_file}.yaml").read_text(encoding="utf-8"))
