@@ -252,6 +252,27 @@ def hub_token(hub_repo: str) -> str:
     return token
 
 
+def wandb_mode(key: str) -> str:
+    """The value for WANDB_MODE: "online" if wandb takes the key, "offline" without a key or network.
+
+    Asked here, because wandb itself waits for minutes. Raises RecipeError for a key that wandb refuses.
+    """
+    import requests
+
+    if os.environ.get("WANDB_MODE") or not key:
+        return os.environ.get("WANDB_MODE", "offline")
+    address, query = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), {"query": "{viewer {username}}"}
+    try:
+        reply = requests.post(f"{address}/graphql", json=query, auth=("api", key), timeout=10)
+        if reply.status_code < 500 and not (reply.ok and (reply.json().get("data") or {}).get("viewer")):
+            raise RecipeError(f"{address} refuses the key WANDB_API_KEY: correct it, or set wandb_project to nothing")
+        reply.raise_for_status()
+    except (requests.RequestException, AttributeError) as error:  # AttributeError: the reply is something else
+        print(f"wandb cannot be reached ({type(error).__name__}) and logs into output_dir")
+        return "offline"
+    return "online"
+
+
 # Licences of data that ask for nothing but a notice. Share-alike, non-commercial and unknown ones are not among them.
 ALLOWED_LICENCES = (
     "afl-3.0",
