@@ -15,12 +15,15 @@ Only the standard library and numpy are imported here; heavy packages are import
 
 from __future__ import annotations
 
+import base64
 import codecs
+import csv
 import gc
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -37,7 +40,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import cycle, islice
+from numbers import Number
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -67,93 +71,337 @@ def collector_paused() -> Iterator[None]:
         gc.enable()
 
 
-def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON Lines file (`.jsonl` or `.jsonl.gz`, UTF-8); blank lines are skipped.
+# Reading data. A row is a dictionary with the columns of a data set; the forms that it may have are described below.
 
-    Raises RecipeError naming file and line for a line that is not a JSON object or lacks a `required` key,
-    and for a file that is missing, cannot be unpacked or holds no object at all.
-    """
-    path, required = Path(path), tuple(required)
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file; check the path (relative paths start at the repository root)")
-    number, empty = 0, True
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.removeprefix(codecs.BOM_UTF8).strip():
-                    continue
-                row = _parse_line(path, number, line)
-                check_keys(f"{path}, line {number}", row, required)
-                empty = False
-                yield row
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise RecipeError(f"{path}, after line {number}: cannot be unpacked ({error}); fetch it again") from None
-    if empty:
-        raise RecipeError(f"{path}: the file holds no rows; was the step that writes it interrupted?")
+# The first bytes of files that are often taken for JSON Lines, and what to do about them.
+NOT_ROWS = {
+    b"\xff\xfe": "it is UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16 text; save it as UTF-8",
+    b"PK\x03\x04": "it is a zip archive or an Excel file; unpack it, or save the table as CSV",
+    b"BZh": "it is compressed with bzip2; unpack it",
+    b"\xfd7zXZ": "it is compressed with xz; unpack it",
+    b"version https://git-lfs": "it is only the Git LFS pointer to a file; run `git lfs pull`",
+    b"<": "it is a web page or XML; fetch the file itself",
+}
 
 
-def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def advise(head: bytes, line: bytes) -> str:
+    """What a file that begins with `head`, and whose `line` cannot be read as UTF-8 JSON, seems to be; what to do."""
+    if advice := next((advice for magic, advice in NOT_ROWS.items() if head.startswith(magic)), ""):
+        return advice
+    if b"\0" in head[:2]:
+        return "it is UTF-16 text or a binary file; save it as UTF-8"
+    if line.strip() in (b"{", b"[{"):
+        return "one JSON object over several lines; write one object per line, or a list of objects"
+    with suppress(UnicodeDecodeError):
+        line.decode("utf-8")
+        return "correct or delete the line"
+    for encoding in ("euc_jp", "cp932"):  # text in cp932 is next to never valid EUC-JP
+        with suppress(UnicodeDecodeError):
+            if re.search("[ぁ-んァ-ヶ一-龠]", line.decode(encoding)):
+                return f"it looks like text in {encoding}; save it as UTF-8 (`iconv -f {encoding} -t UTF-8`)"
+    return "correct or delete the line, or save the file as UTF-8"
+
+
+def with_depth(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function(value)`, tried again with a higher limit if the value is nested deeper than Python's limit allows."""
+    try:
+        return function(value)
+    except RecursionError:
+        limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    try:
+        return function(value)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def parse_json(where: str, head: bytes, text: bytes) -> Any:
+    """The JSON value in `text`; RecipeError, beginning with `where`, says what is wrong with it (see `advise`)."""
     try:  # half a surrogate pair stays what it is: the filter names it
-        row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
+        return with_depth(json.loads, text.decode("utf-8-sig", "surrogatepass"))
     except ValueError as error:
-        raise RecipeError(f"{path}, line {number}: not valid JSON ({error}); correct or delete the line") from None
-    if not isinstance(row, dict):
-        raise RecipeError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-    return row
+        raise RecipeError(f"{where}: not valid JSON ({str(error)[:120]}); {advise(head, text)}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: nested too deeply to be read; delete the column or the line") from None
 
 
-def check_keys(where: str, row: Mapping[str, Any], required: Iterable[str]) -> None:
-    """Raise RecipeError, beginning with `where`, if the row lacks a required key."""
-    for key in required:
-        if key not in row:
-            raise RecipeError(f"{where}: key {key!r} is missing; it has {sorted(row)}")
+def open_packed(path: Path) -> IO[bytes]:
+    """Open a file for reading bytes; gzip and zstd are unpacked, whatever the file is called."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.open(path, "rb")
+    if head == b"\x28\xb5\x2f\xfd":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
 
 
-@collector_paused()
-def load_rows(name: str, required: Iterable[str] = (), revision: str = "", max_rows: int = 0) -> list[dict[str, Any]]:
-    """Rows of a data set: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a folder of such files, or a hub repository.
+def read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each row of a file with its place ("rows.jsonl, line 7"): Parquet, CSV, TSV, a JSON array or JSON Lines.
 
-    Of a folder or hub repository (at the commit, tag or branch `revision`) the split "train" is read, or else its
-    first. `max_rows` 0 means all rows. Raises RecipeError for a row that lacks a `required` key, an empty data set and
-    one that cannot be read.
+    Parquet and arrays are known by their first bytes, CSV and TSV by their names (`.csv.gz` is one, too). Raises
+    RecipeError that names the place for what cannot be read.
     """
-    required = tuple(required)
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return list(islice(read_jsonl(name, required), max_rows or None))
-    rows = _read_parquet(name, max_rows) if name.endswith(".parquet") else _read_dataset(name, revision, max_rows)
-    if not rows:
-        raise RecipeError(f"{name}: the data set holds no rows")
-    for number, row in enumerate(rows, start=1):
-        check_keys(f"{name}, row {number}", row, required)
+    place = "the beginning"
+    try:
+        with open_packed(path) as file:
+            head = file.peek(64)[:64]
+            kind = next((suffix for suffix in path.suffixes if suffix.lower() in (".csv", ".tsv")), "").lower()
+            if head.startswith(b"PAR1"):
+                rows: Iterable[Any] = read_parquet(path)
+            elif kind:
+                rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), "\t" if kind == ".tsv" else ",")
+            elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                rows = parse_json(str(path), head, file.read())
+            else:
+                for number, line in enumerate(file, start=1):
+                    if line.removeprefix(codecs.BOM_UTF8).strip():
+                        place = f"{path}, line {number}"
+                        yield place, parse_json(place, head, line)
+                return
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text; {advise(head, error.object)}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise RecipeError(f"{path}: cannot be read on after {place} ({first_line(error)}); fetch it again") from None
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, with the columns that `datasets` stores as JSON text turned back into values."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+        if b"huggingface" not in (table.schema.metadata or {}):
+            return table.to_pylist()
+        from datasets import Dataset
+
+        return Dataset(table).to_list()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise RecipeError(f"{path}: the file cannot be read ({first_line(error)}); fetch or write it again") from None
+
+
+def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
+    """The rows of a table with a header. All cells are text, but a column of whole numbers becomes numbers."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        rows = []
+        for cells in filter(None, reader):
+            if len(cells) != len(header):
+                problem = f"{len(cells)} cells, but the header has {len(header)}"
+                raise RecipeError(f"{path}, line {reader.line_num}: {problem}; put cells with commas into quotes")
+            rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise RecipeError(f"{path}, line {reader.line_num}: not valid CSV ({error}); correct the line") from None
+    if len(set(header)) < len(header):
+        raise RecipeError(f"{path}: two columns have the same name; the header is {header}")
+    for column in header:
+        if all(re.fullmatch("0|-?[1-9][0-9]{0,17}", row[column]) for row in rows):
+            rows = [{**row, column: int(row[column])} for row in rows]
     return rows
 
 
-def _read_parquet(name: str, max_rows: int) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(name).slice(0, max_rows or None).to_pylist()
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: the file cannot be read ({first_line(error)}); check the path") from None
-
-
-def _read_dataset(name: str, revision: str, max_rows: int) -> list[dict[str, Any]]:
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+def data_files(name: str, revision: str = "") -> list[Path]:
+    """The files of a data set: `name` itself, or those of the split "train" (or else of the first split) of a folder or
+    hub repository, which is fetched at the commit, tag or branch `revision`.
+    """
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    known = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
+    if not path.is_dir() and (name.count("/") != 1 or name[0] in "./~" or path.suffix[1:] in (*known, "gz", "zst")):
         raise RecipeError(
-            f"{name}: neither a .jsonl file nor a hub repository (owner/name); .jsonl.gz, .parquet and folders of such "
-            "files are read, too"
+            f"{name}: no such file or folder, and no hub repository (owner/name); relative paths start at the "
+            "repository's root"
         )
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
+    from huggingface_hub import snapshot_download
 
     try:
-        splits = load_dataset(name, revision=revision or None)
-        rows = splits.get("train", next(iter(splits.values())))
-        return rows.select(range(min(max_rows or len(rows), len(rows)))).to_list()
+        if not path.is_dir():
+            patterns = [f"*.{kind}{packed}" for kind in known for packed in ("", ".gz", ".zst")]
+            wanted = {"revision": revision or None, "allow_patterns": ["README.md", *patterns]}
+            path = Path(snapshot_download(name, repo_type="dataset", **wanted))
+        splits = load_dataset_builder(str(path)).config.data_files
+        return [Path(file) for file in splits.get("train") or next(iter(splits.values()))]
     except Exception as error:
         raise RecipeError(
-            f"{name}: the hub data set cannot be read ({first_line(error)}); check the name, the network and, for a "
-            "private one, the secret HF_TOKEN; or name a local .jsonl file"
+            f"{name}: the data set cannot be read ({first_line(error)}); check the name and, for a hub data set, the "
+            "network and the secret HF_TOKEN (if it is private); or name a single local file"
         ) from None
+
+
+def read_rows(name: str, revision: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of a data set with its place (see `data_files` and `read_file`); RecipeError if there is none."""
+    row = None
+    for path in data_files(name, revision):
+        for place, row in read_file(path):
+            if not isinstance(row, dict):
+                raise RecipeError(f"{place}: expected a JSON object, found {type(row).__name__}")
+            yield place, row
+    if row is None:
+        raise RecipeError(f"{name}: the data set holds no rows; was the step that writes it interrupted?")
+
+
+@collector_paused()
+def load_rows(name: str | Path, revision: str = "", max_rows: int = 0) -> list[dict[str, Any]]:
+    """Rows of a data set: a file (JSON Lines, JSON array, CSV, TSV or Parquet, also packed with gzip or zstd), a folder
+    of such files, or a hub repository at the commit, tag or branch `revision`. `max_rows` 0 means all rows.
+
+    Raises RecipeError naming the file and the line or row for anything that cannot be read, and for an empty data set.
+    """
+    return [row for _, row in islice(read_rows(str(name), revision), max_rows or None)]
+
+
+# The forms of rows. The texts stand in a list of turns (with role and content, or from and value), or the question,
+# further text that belongs to it, and the answer stand in columns of their own.
+CHATS = ("conversations", "messages", "conversation")
+QUESTIONS = ("instruction", "question", "prompt", "input")
+CONTEXTS = ("input", "context")
+ANSWERS = ("response", "output", "answer", "completion")
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+KNOWN_FORMS = (
+    f"known are lists of turns (role, content or from, value) in {', '.join(CHATS)}; or {', '.join(QUESTIONS)} for the "
+    f"question, with {' or '.join(CONTEXTS)} for what belongs to it, and {', '.join(ANSWERS)} for the answer"
+)
+
+
+def read_turn(turn: Any) -> tuple[Any, Any]:
+    """(role, content) of a turn in either spelling; roles are "user", "assistant" and others. (None, None) if none."""
+    if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
+        return None, None
+    role, content = (turn.get(key) for key in (("role", "content") if "role" in turn else ("from", "value")))
+    return ROLES.get(role, role) if isinstance(role, str) else "", content
+
+
+def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tuple[str, ...], list[Any]]:
+    """The columns of a row that hold its texts, and the texts as turns; ((), []) if the form is none of the known.
+
+    Turns in a list are returned as they are. Where a row has both such a list and columns with question and answer,
+    the list is taken, or with `columns_first` the columns.
+    """
+    chat: tuple[tuple[str, ...], list[Any]] = (), []
+    for name in CHATS:
+        turns = row.get(name)
+        if isinstance(turns, str):
+            with suppress(ValueError, RecursionError):
+                turns = json.loads(turns)
+        if isinstance(turns, list):
+            chat = (name,), turns
+            break
+    if chat[0] and not columns_first:
+        return chat
+
+    def first(names: Iterable[str]) -> tuple[str, ...]:
+        held = [name for name in names if name in row]
+        return tuple([name for name in held if row[name] is not None][:1] or held[:1])
+
+    question, answer = first(QUESTIONS), first(ANSWERS)
+    if not question or (chat[0] and not answer):
+        return chat
+    # A row that has a conversation as well is one of notebook 2, whose instruction is already the whole question.
+    context = (
+        () if "conversations" in row else tuple(name for name in CONTEXTS if name not in question and row.get(name))
+    )
+    parts = [row[name] for name in question + context]
+    wrong = [part for part in parts if not isinstance(part, str)]
+    texts = [wrong[0] if wrong else "\n".join(filter(None, parts))]
+    texts += [str(row[name]) if is_number(row[name]) else row[name] for name in answer]
+    if history := row.get("history"):  # the turns before, as LLaMA-Factory stores them
+        texts = [*(text for pair in history if isinstance(pair, list) for text in pair[:2]), *texts]
+    columns = question + context + answer + (("history",) if history else ())
+    return columns, [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number: its digits are what is meant where a text is wanted."""
+    return isinstance(value, Number) and not isinstance(value, (bool, complex)) and math.isfinite(value)
+
+
+def check_text(where: str, value: Any) -> str:
+    """The text `value`; RecipeError, beginning with `where`, if it is none or holds half a surrogate pair."""
+    if not isinstance(value, str):
+        kinds = {type(None): "null", bool: "true or false", dict: "an object", list: "a list"}
+        found = (
+            "a number" if isinstance(value, Number) and type(value) is not bool else kinds.get(type(value), "no text")
+        )
+        raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
+    if half := re.search("[\ud800-\udfff]", value):
+        code = f"U+{ord(half.group()):04X}"
+        raise RecipeError(f"{where} holds {code}, half a surrogate pair, which UTF-8 cannot hold; correct the text")
+    return value
+
+
+def check_answer(where: str, value: Any) -> str:
+    """The answer `value` (see `check_text`); a number becomes its digits."""
+    return check_text(where, str(value) if is_number(value) else value)
+
+
+def read_pair(place: str, row: Mapping[str, Any], columns_first: bool = True) -> tuple[str, str, Any]:
+    """The form of a row, its first question, and the first answer as it is found (None if there is none).
+
+    Raises RecipeError, beginning with `place`, for a row of unknown form and for a question that is no text.
+    """
+    columns, turns = read_form(row, columns_first)
+    if not columns:
+        raise RecipeError(f"{place}: no question found; its columns are {sorted(map(str, row))[:20]}; {KNOWN_FORMS}")
+    form, roles, texts = ", ".join(columns), [], {}
+    for number, turn in enumerate(turns, start=1):
+        role, content = read_turn(turn)
+        if role is None:
+            raise RecipeError(f"{place}: turn {number} of {form} has no role; {KNOWN_FORMS}")
+        roles.append(role)
+        texts.setdefault(role, content)
+    if "user" not in texts:
+        raise RecipeError(f"{place}: no turn of a user in {form}; its roles are {list(texts)}; {KNOWN_FORMS}")
+    if columns[0] in CHATS:
+        form += " (role, content)" if "role" in turns[0] else " (from, value)"
+        form += ", without the system text" if "system" in texts else ""
+    form += ", first question of several" if roles.count("user") > 1 else ""
+    return form, check_text(f"{place}: the question ({columns[0]})", texts["user"]), texts.get("assistant")
+
+
+def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
+    """Questions and answers of a data set in any known form, as rows (input, output); prints which forms were read.
+
+    Of a conversation the first question and the first answer are taken. Raises RecipeError naming file, row and column
+    where one of them is missing or no text; a number as an answer becomes its digits.
+    """
+    pairs, forms = [], Counter()
+    for place, row in read_rows(name, revision):
+        form, question, answer = read_pair(place, row)
+        pairs.append({"input": question, "output": check_answer(f"{place}: the answer ({form})", answer)})
+        forms[form] += 1
+    print_forms(name, forms)
+    return pairs
+
+
+def print_forms(name: str, forms: Mapping[str, int]) -> None:
+    """Say how many rows of a data set have which form."""
+    print(f"{name}: " + "; ".join(f"{count:,} rows read as {form}" for form, count in forms.items()))
+
+
+def check_forms(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print how many rows have which form; RecipeError if most of them hold no question and answer in a known one."""
+    forms, problems = Counter(), []
+    for number, row in enumerate(rows, start=1):
+        try:
+            form, _, answer = read_pair(f"{name}, row {number}", row, columns_first=False)
+            check_answer(f"{name}, row {number}: the answer ({form})", answer)
+            forms[form] += 1
+        except RecipeError as error:
+            problems.append(str(error))
+    if 2 * len(problems) > len(rows):
+        raise RecipeError(f"{len(problems):,} of {len(rows):,} rows cannot be used. The first one: {problems[0]}")
+    print_forms(name, forms)
+    if problems:
+        print(f"{len(problems):,} rows hold no question and answer and will be dropped. The first one: {problems[0]}")
 
 
 def show(table: Any, longest: int = 200) -> Any:
@@ -181,22 +429,37 @@ def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
     part.replace(path)
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # str: for the dates in a .parquet file
+def _json_value(value: Any) -> Any:
+    """What JSON holds in place of a value that it has no form for: numbers of numpy, bytes, dates, decimals."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object per line as `json.dump(row, ensure_ascii=False)` does; returns the number of rows.
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
 
-    A row with half a surrogate pair, which UTF-8 cannot hold, is written with `\\u` escapes.
+
+def json_text(row: Any) -> str:
+    """A value as JSON on one line, as `json.dumps(row, ensure_ascii=False)` gives it; always valid JSON.
+
+    NaN and infinity, which JSON does not have, become null; bytes become base64, dates and decimals their text.
+    """
+    try:
+        return with_depth(_to_json, row)
+    except ValueError:
+        plain = with_depth(json.JSONEncoder(default=_json_value).encode, row)
+        return with_depth(_to_json, with_depth(json.JSONDecoder(parse_constant=lambda _: None).decode, plain))
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
+    """Write one JSON value per line (see `json_text`) in UTF-8; returns the number of rows.
+
+    Half a surrogate pair, which UTF-8 cannot hold, is written as its `\\u` escape.
     """
     count = 0
     with atomic_write(path, binary=True) as file:
         for row in rows:
-            try:
-                line = _to_json(row).encode()
-            except UnicodeEncodeError:
-                line = json.dumps(row, default=str).encode()
-            file.write(line + b"\n")
+            file.write(json_text(row).encode(errors="backslashreplace") + b"\n")
             count += 1
     return count
 
@@ -872,19 +1135,19 @@ def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str
     `instruction` is the first user turn and `response` the first assistant turn, "" where missing; with `all_turns`
     the other turns follow as "turn N", counted from 1. A malformed row has no texts.
     """
-    conversations = row.get("conversations")
-    if not isinstance(conversations, list):
-        return {}, ("malformed", "conversations", type(conversations).__name__)
+    columns, turns = read_form(row)
+    if not columns:
+        return {}, ("malformed", "conversations", type(row.get("conversations")).__name__)
     texts: dict[str, str] = {}
-    for number, turn in enumerate(conversations, start=1):
-        if not isinstance(turn, dict) or "role" not in turn:
+    for number, turn in enumerate(turns, start=1):
+        role, content = read_turn(turn)
+        if role is None:
             return {}, ("malformed", f"turn {number}", type(turn).__name__)
-        field = "instruction" if turn["role"] == "user" else "response" if turn["role"] == "assistant" else None
+        field = "instruction" if role == "user" else "response" if role == "assistant" else None
         if field is None or field in texts:
             if not rules.all_turns:
                 continue
             field = f"turn {number}"
-        content = turn.get("content")
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
         texts[field] = rules.normal(content)
@@ -1051,7 +1314,7 @@ def dropped_record(number: int, problem: Problem, row: Mapping[str, Any], also: 
 
 def _unwritable(row: Mapping[str, Any]) -> Problem | None:
     try:
-        _to_json(row).encode()
+        json_text(row).encode()
     except UnicodeEncodeError:
         return "unreadable", "another turn or column", "half a surrogate pair"
     return None
@@ -1074,16 +1337,22 @@ def written_row(row: Mapping[str, Any], texts: Mapping[str, str], rules: FilterR
     """A row as it is kept: all its columns, then `instruction` and `response` after the replacements.
 
     The column `conversations` stays as it was, unless `clean_conversations` applies the replacements to it as well.
+    In a row of another form it takes the place of the columns that held the texts.
     """
-    row = {**row}
-    if rules.clean_conversations:
-        row["conversations"] = [
-            {**turn, "content": replace_strings(rules.normal(turn["content"]), rules)}
-            if isinstance(turn, dict) and isinstance(turn.get("content"), str)
-            else turn
-            for turn in row["conversations"]
-        ]
-    return {**row, "instruction": texts["instruction"], "response": texts["response"]}
+    columns, found = read_form(row)
+    turns = []
+    for turn in found:
+        role, content = read_turn(turn)
+        changed = turn
+        if role is not None and "role" not in turn:
+            others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+            changed = {"role": role, "content": content, **others}
+        if rules.clean_conversations and isinstance(content, str):
+            changed = {**changed, "content": replace_strings(rules.normal(content), rules)}
+        turns.append(changed)
+    if columns != ("conversations",):
+        row = {name: value for name, value in row.items() if name not in columns}
+    return {**row, "conversations": turns, "instruction": texts["instruction"], "response": texts["response"]}
 
 
 @collector_paused()
@@ -1192,6 +1461,22 @@ def encode(tokenizer: Any, text: str, **options: Any) -> Any:
     return tokenizer(text, split_special_tokens=True, **options)
 
 
+def token_counts(name: str, texts: Iterable[str], revision: str = "") -> list[int]:
+    """The tokens of each text, with <bos>, as `encode` makes them; only the tokenizer of the model `name` is loaded.
+
+    It is read without transformers, which must not be imported before unsloth.
+    """
+    from huggingface_hub import hf_hub_download
+    from tokenizers import Tokenizer
+
+    local = Path(name, "tokenizer.json")
+    path = local if Path(name).is_dir() else hf_hub_download(name, local.name, revision=revision or None)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    return [len(tokenizer.encode(text).ids) for text in texts]
+
+
 def answer_labels(ids: Sequence[int], starts: Sequence[int], prompt_length: int) -> list[int]:
     """Labels that train on the answer alone: the id of a token that starts at character `prompt_length` or later, -100.
 
@@ -1201,10 +1486,8 @@ def answer_labels(ids: Sequence[int], starts: Sequence[int], prompt_length: int)
 
 
 def training_pairs(filtered: Iterable[Mapping[str, Any]], qa: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Join the filtered rows (instruction, response) and, after them, the QA rows (input, output)."""
-    pairs = [{"instruction": row["instruction"], "response": row["response"]} for row in filtered]
-    pairs += [{"instruction": row["input"], "response": row["output"]} for row in qa]
-    return pairs
+    """Join the filtered rows and, after them, the QA rows (each as `load_pairs` gives them)."""
+    return [{"instruction": pair["input"], "response": pair["output"]} for pair in (*filtered, *qa)]
 
 
 def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
@@ -1370,20 +1653,34 @@ BANNED_WORDS = ("質問", "###", "#", "##", "---", "<h3>", "filepath", "> ")
 
 
 def read_tasks(name: str) -> list[dict[str, Any]]:
-    """The tasks of a file or hub data set, in its order: rows with `input` and `task_id` (by default the position).
+    """The tasks of a data set of any known form, in its order; prints which forms were read.
 
-    Raises RecipeError that names both rows of a repeated task_id.
+    A task has `task_id` (by default its position), `input`, `output` if there is a reference answer (a text, or a list
+    of texts that are all right), and `eval_aspect` if there is one. Raises RecipeError naming the row for what is no
+    text, and both rows of a repeated task_id.
     """
-    tasks = load_rows(name, required=("input",))
-    first: dict[Any, int] = {}
-    for position, task in enumerate(tasks):
-        task_id = task.setdefault("task_id", position)
+    tasks, forms = [], Counter()
+    first: dict[Any, str] = {}
+    for position, (place, row) in enumerate(read_rows(name)):
+        form, question, answer = read_pair(place, row)
+        forms[form] += 1
+        task_id = row.get("task_id", position)
+        if isinstance(task_id, float) and task_id.is_integer():
+            task_id = int(task_id)  # what a table makes of a number beside a missing one
+        if type(task_id) is not int:
+            check_text(f"{place}: task_id", task_id)
         if task_id in first:
-            raise RecipeError(
-                f"{name}: row {position + 1} repeats task_id {task_id!r} of row {first[task_id] + 1}; "
-                "give every task its own id"
-            )
-        first[task_id] = position
+            raise RecipeError(f"{place} repeats task_id {task_id!r} of {first[task_id]}; give every task its own id")
+        first[task_id] = place
+        task = {"task_id": task_id, "input": question}
+        if answer is not None:
+            several = answer if isinstance(answer, list) else [answer]
+            several = [check_answer(f"{place}: the reference answer", text) for text in several]
+            task["output"] = several if isinstance(answer, list) else several[0]
+        if row.get("eval_aspect") is not None:
+            task["eval_aspect"] = check_text(f"{place}: eval_aspect", row["eval_aspect"])
+        tasks.append(task)
+    print_forms(name, forms)
     return tasks
 
 
@@ -1751,10 +2048,16 @@ _LOOP = re.compile(r"(.{1,100}?)\1{3,}", re.DOTALL)
 NEAR_DUPLICATE = 0.5  # Jaccard similarity of two questions from which on one counts as a copy of the other
 
 
+def references_of(task: Mapping[str, Any]) -> list[str]:
+    """The reference answers of a task (its `output`: a text, or a list of texts that are all right); [] if none."""
+    output = task.get("output") or []
+    stripped = [text.strip() for text in ([output] if isinstance(output, str) else output)]
+    return [text for text in stripped if text]
+
+
 def reference_of(task: Mapping[str, Any]) -> str:
-    """The reference answer of a task (its `output`, as in ELYZA-tasks-100), or "" if it has none."""
-    reference = task.get("output")
-    return reference.strip() if isinstance(reference, str) else ""
+    """The reference answers of a task as one text, "" without any."""
+    return "\nまたは\n".join(references_of(task))
 
 
 def japanese_share(text: str) -> float | None:
@@ -1785,7 +2088,8 @@ def score_texts(
     """What can be measured on the answers' text, one dictionary per task: task_id and names of MEASURES.
 
     chrF is sacrebleu's, on characters; ROUGE-L is the F measure of Google's rouge-score on MeCab's words (fugashi,
-    unidic-lite). Both are None for a task without a reference. `cut` says which answers ended for want of room.
+    unidic-lite). Of several references the most similar one counts; both are None for a task without any. `cut` says
+    which answers ended for want of room.
     """
     from fugashi import Tagger
     from rouge_score.rouge_scorer import RougeScorer
@@ -1796,12 +2100,13 @@ def score_texts(
     rouge = RougeScorer(["rougeL"], tokenizer=words)
     scored = []
     for task, answer, ended in zip(tasks, answers, cut, strict=True):
-        reference = reference_of(task)
+        chrfs = [chrf.sentence_score(answer, [reference]).score for reference in references_of(task)]
+        rouges = [100 * rouge.score(reference, answer)["rougeL"].fmeasure for reference in references_of(task)]
         scored.append(
             {
                 "task_id": task["task_id"],
-                "chrf": chrf.sentence_score(answer, [reference]).score if reference else None,
-                "rouge_l": 100 * rouge.score(reference, answer)["rougeL"].fmeasure if reference else None,
+                "chrf": max(chrfs, default=None),
+                "rouge_l": max(rouges, default=None),
                 "japanese": japanese_share(answer),
                 "repeated": repeated_share(answer),
                 "loop": int(has_loop(answer)),

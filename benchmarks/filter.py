@@ -39,7 +39,7 @@ RULES = ROOT / "data/filter_rules_2024.json"
 def grow(source: str, target: Path, rows: int) -> None:
     """Write `rows` rows made from those of `source`; the same file for the same arguments."""
     chance = random.Random(0)
-    given = list(helpers.read_jsonl(source))
+    given = helpers.load_rows(source)
     texts = [turn["content"] for row in given for turn in row["conversations"] if isinstance(turn.get("content"), str)]
     counts = Counter("".join(texts))
     rare = {character for character, count in counts.items() if count < 20}

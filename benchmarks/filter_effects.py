@@ -56,7 +56,7 @@ def dealt_with(rows: list[dict], rules: helpers.FilterRules) -> tuple[int, Count
 
 
 def main(source: str) -> None:
-    rows = helpers.load_rows(source, required=("mix", "conversations"))
+    rows = helpers.load_rows(source)
     total = Counter(map(kind, rows))
     good, bad = (sum(n for name, n in total.items() if (name in GOOD) is wanted) for wanted in (True, False))
     results = {name: dealt_with(rows, rules) for name, rules in RULES.items()}

@@ -63,7 +63,7 @@ class Stage(PipelineStep):
     def write(self, rank, files):
         rare = helpers.rare_characters(self.total("again")[1], self.rules.rare_after)
         for index in files:
-            judged = next(helpers.read_jsonl(self.parts / f"judged-{index:06}.jsonl"))
+            judged = helpers.load_rows(self.parts / f"judged-{index:06}.jsonl")[0]
             passed, late = helpers.drop_rare_afterwards((helpers.Passed(*row) for row in judged["passed"]), rare)
             dropped = judged["dropped"] + late
             kept = (helpers.written_row(row, texts, self.rules) for _, row, texts in passed)
@@ -78,7 +78,7 @@ class Stage(PipelineStep):
                 for index in files:
                     with open(self.parts / f"{name}-{index:06}.jsonl", "rb") as file:
                         shutil.copyfileobj(file, joined)
-        reasons = sum((Counter(*helpers.read_jsonl(path)) for path in self.parts.glob("reasons-*.jsonl")), Counter())
+        reasons = sum((Counter(*helpers.load_rows(path)) for path in self.parts.glob("reasons-*.jsonl")), Counter())
         report = helpers.filter_counts(self.total("count")[0], reasons.pop("kept", 0), reasons)
         helpers.write_json(self.output_dir / "filter_report.json", report)
 

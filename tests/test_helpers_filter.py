@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/oracles")]
 import filter_2024  # noqa: E402
 
 import helpers  # noqa: E402
-from helpers import FilterRules, RecipeError, load_rules, read_jsonl  # noqa: E402
+from helpers import FilterRules, RecipeError, load_rows, load_rules  # noqa: E402
 
 RULES_FILE = ROOT / "data/filter_rules_2024.json"
 RULES_2024 = json.loads(RULES_FILE.read_text(encoding="utf-8"))
@@ -87,7 +87,8 @@ PIECES = [
 PIECES += [*'é★神ன\x08\x7f\x85\uffff\t\n😢 \u3000"\\\u2028', "e\u0301", "ன்", ""]
 texts = st.lists(st.sampled_from(PIECES), max_size=5).map(lambda pieces: JAPANESE * (len(pieces) % 3) + "".join(pieces))
 turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
-columns = st.fixed_dictionaries({"id": st.one_of(st.integers(), st.floats(allow_nan=False), texts)})
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)  # JSON has no infinity
+columns = st.fixed_dictionaries({"id": numbers | texts})
 dialogues = st.builds(talk, st.one_of(texts, texts.map(lambda text: text + "\ud83d")), texts)
 rows_of_any_kind = st.one_of(
     dialogues, st.builds(lambda c, t: {**c, "conversations": t, "mix": None}, columns, st.lists(turns, max_size=4))
@@ -123,7 +124,7 @@ def test_every_ng_string_is_found_however_they_overlap(text, ng):
 
 
 def well_formed_sample() -> list[dict]:
-    return [row for row in read_jsonl(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
+    return [row for row in load_rows(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
 
 
 def test_sample_is_filtered_as_in_2024(tmp_path):
@@ -447,7 +448,7 @@ def test_the_datatrove_pipeline_keeps_the_rows_of_the_notebook(tmp_path):
     assert (tmp_path / "out/filtered_magpie.jsonl").read_bytes() == alone.bytes != b""
     report = json.loads((tmp_path / "out/filter_report.json").read_text(encoding="utf-8"))
     assert report == {key: alone.report[key] for key in report} and report["rows_kept"] == len(alone.kept)
-    dropped = [record["row"] for record in read_jsonl(tmp_path / "out/dropped_magpie.jsonl")]
+    dropped = [record["row"] for record in load_rows(tmp_path / "out/dropped_magpie.jsonl")]
     assert sorted(map(json.dumps, dropped)) == sorted(json.dumps(record["row"]) for record in alone.dropped)
 
 
