@@ -95,9 +95,9 @@ def texts_for_cld2(source: Path) -> list[str]:
     """Every text that our filter gives to cld2, to judge a row or to find out whether only one rule drops it."""
     texts, detect = [], pycld2.detect
 
-    def noted(text: str) -> Any:
+    def noted(text: str, **options: Any) -> Any:
         texts.append(text)
-        return detect(text)
+        return detect(text, **options)
 
     pycld2.detect = noted
     helpers.filter_rows(helpers.load_rows(str(source)), helpers.load_rules(RULES))

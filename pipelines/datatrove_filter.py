@@ -55,7 +55,9 @@ class Stage(PipelineStep):
         (rows, counts), counts_after = self.total("count"), 0
         rare = helpers.rare_characters(counts, helpers.first_limit(rows, self.rules))
         for index in files:
-            passed, dropped, _ = helpers.judge_rows(helpers.load_rows(self.files[index]), self.rules, rare)
+            file_rows = helpers.load_rows(self.files[index])
+            read = (helpers.row_texts(row, self.rules) for row in file_rows)
+            passed, dropped, _ = helpers.judge_rows(file_rows, read, self.rules, rare)
             counts_after = counts_after + helpers.count_characters((row.texts for row in passed), self.rules)
             helpers.write_jsonl(self.parts / f"judged-{index:06}.jsonl", [{"passed": passed, "dropped": dropped}])
         np.savez_compressed(self.parts / f"again-{rank:06}.npz", rows=0, counts=counts_after)
