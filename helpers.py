@@ -689,18 +689,21 @@ def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
 def data_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
     """The source (see Records) of a data set: a local file or folder, or a hub data set with the licence of its card.
 
-    A local file counts as your own. Raises RecipeError for a hub data set whose card cannot be read, for a file of this
-    series that was changed afterwards, and, if it must be `finished`, for one without a record.
+    A local file counts as your own. A hub data set that notebook 2 pushed has a record, too. Raises RecipeError for a
+    hub data set whose card cannot be read, for a file of this series that was changed afterwards, and, if it must be
+    `finished`, for one without a record.
     """
     if finished or Path(name).exists():
         record = check_files(name, finished)
         sha256 = digest(record.get("files") or hash_files(name))
         inputs = record.get("inputs", {})
         return {"name": name, "commit": "", "sha256": sha256, "licence": OWN_DATA, "inputs": inputs}
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, hf_hub_download
 
     try:
         info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
+        records = [file.rfilename for file in info.siblings or () if file.rfilename.endswith(".record.json")]
+        paths = [hf_hub_download(name, file, repo_type="dataset", revision=info.sha) for file in records[:1]]
     except Exception as error:
         raise RecipeError(
             f"{name}: its licence cannot be read from the hub ({first_line(error)}); check the name, the network and, "
@@ -708,7 +711,10 @@ def data_source(name: str, revision: str = "", finished: bool = False) -> dict[s
         ) from None
     licence = (info.card_data or {}).get("license") or "unknown"
     licence = licence if isinstance(licence, str) else ", ".join(licence)
-    return {"name": name, "commit": info.sha or "", "sha256": "", "licence": licence.lower(), "inputs": {}}
+    record = read_record(paths[0].removesuffix(".record.json")) if paths else {}
+    sha256 = digest(record["files"]) if record.get("files") else ""
+    source = {"name": name, "commit": info.sha or "", "sha256": sha256, "licence": licence.lower()}
+    return {**source, "inputs": record.get("inputs", {})}
 
 
 def model_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
@@ -731,6 +737,12 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
         files = record.get("files") or hash_files(name)
     sha256 = digest(files) if files else ""
     return {"name": name, "commit": commit, "sha256": sha256, "inputs": record.get("inputs", {})}
+
+
+def base_of(adapter: Mapping[str, Any], folder: str) -> str:
+    """The model for an adapter (a source) whose model is not named: `folder`, or what its record names on the hub."""
+    base = adapter["inputs"].get("model", {})
+    return base["name"] if base.get("commit") and not Path(folder).exists() else folder
 
 
 def rows_source(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -918,6 +930,7 @@ def dataset_card(title: str, record: Mapping[str, Any], facts: Mapping[str, Any]
         language="ja",
         license=source["licence"].split(", ") if from_hub and source["licence"] != "unknown" else None,
         source_datasets=[source["name"]] if from_hub else None,
+        configs=[{"config_name": "default", "data_files": "filtered_magpie.jsonl"}],  # the record beside it is no data
     )
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
 
