@@ -11,17 +11,24 @@ import gzip
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 from contextlib import redirect_stdout
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import run_cell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -282,6 +289,54 @@ def test_a_folder_gives_the_rows_of_its_split_train_in_the_order_of_its_files(tm
     assert "train-00001-of-00002.jsonl.gz, line 2: not valid JSON" in refusal(helpers.load_rows, tmp_path)
 
 
+class Hub(BaseHTTPRequestHandler):
+    """Speaks as much of the hub's HTTP API as a download needs."""
+
+    def do_GET(self) -> None:
+        name = self.path.partition("/resolve/")[2].partition("/")[2]
+        listed = [
+            {"type": "file", "path": n, "size": len(data), "oid": "0" * 40} for n, data in self.server.files.items()
+        ]
+        info = {"id": "me/rows", "sha": "c" * 40, "siblings": []}
+        body = self.server.files[name] if name else json.dumps(listed if "/tree/" in self.path else info).encode()
+        self.server.asked.append(name)
+        self.send_response(200)
+        self.send_header("ETag", f'"{name.replace("/", "-")}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_hub_data_set_gives_the_rows_as_they_are_and_is_read_again_without_network(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {
+        "data/train.jsonl": lines(MIXED),
+        "data/test.jsonl": lines([ROW]),
+        "model.bin": b"0" * 9,
+        "README.md": b"#",
+    }
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    code = "import json, helpers; print(json.dumps(helpers.load_rows('me/rows', 'main')))"
+    try:
+        for offline in "01":
+            environment = os.environ | home | {"HF_HUB_OFFLINE": offline}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            assert json.loads(done.stdout) == MIXED
+        assert "model.bin" not in server.asked
+    finally:
+        server.shutdown()
+
+
 MIXED = [
     {
         "id": 1,
@@ -502,6 +557,57 @@ def test_tokens_are_counted_as_they_are_encoded():
     texts = ["", "山", "終わりは<eos>です。<bos>", " 空白  と\n改行\n\n", "🎂é", ANSWER * 50]
     counted = helpers.token_counts("data/tiny/gemma2", texts)
     assert counted == [len(helpers.encode(tokenizer, text)["input_ids"]) for text in texts]
+
+
+TINY = "data/tiny/gemma2"
+
+
+@pytest.mark.parametrize("loss_on", ["text", "answer"])
+def test_training_texts_beyond_the_window_are_listed_with_what_happens_to_them(loss_on):
+    """One text fits, of one the answer is cut, and of one the question alone fills the window."""
+    texts = [("山は？", "富士山"), ("山は？", ANSWER * 50), (QUESTIONS[0] * 50, "富士山")]
+    all_pairs = [{"instruction": question, "response": answer} for question, answer in texts]
+    values = {"helpers": helpers, "pd": pd, "model_name": TINY, "base": {"commit": ""}, "max_seq_length": 256}
+    values |= {"all_pairs": all_pairs, "filtered": all_pairs[:2], "train_file": "a.jsonl", "qa_data": "b.jsonl"}
+    left = run_cell("03_sft", "window", **values, loss_on=loss_on)
+    assert left["pairs"] == all_pairs[: 2 if loss_on == "answer" else 3]
+    table = run_cell("03_sft", "window-table", **left)["long_table"]
+    assert table[["data", "row"]].to_numpy().tolist() == [["a.jsonl", 2], ["b.jsonl", 1]]
+    assert list(table["what happens"]) == ["cut", "left out" if loss_on == "answer" else "cut"]
+    assert (table["tokens of the question"] >= 256).tolist() == [False, True]
+    assert (table["tokens of the text"] >= 256).all()
+
+
+def window_of_04(task_texts, answers=("富士山",), **values):
+    tasks = [{"task_id": f"問{n}", "input": text} for n, text in enumerate(task_texts)]
+    rows = [{"input": "山は？", "output": answer} for answer in answers]
+    values = {"helpers": helpers, "pd": pd, "model_name": TINY, "inputs": {"model": {"commit": ""}}, "k": 1} | values
+    values |= {
+        "task_rows": tasks,
+        "qa_rows": rows,
+        "prompt_style": "2024",
+        "tasks": "tasks.jsonl",
+        "qa_data": "qa.jsonl",
+    }
+    return run_cell("04_rag_inference", "window", **values, max_seq_length=512, max_new_tokens=128)
+
+
+def test_tasks_beyond_the_window_are_named_before_the_model_is_loaded(capsys):
+    began = time.perf_counter()
+    message = refusal(window_of_04, ["山は？", "あ" * 300_000])
+    assert time.perf_counter() - began < 10
+    assert message.startswith("tasks.jsonl: no room to answer task_id 問1 (300,") and "max_seq_length = 512" in message
+    prompt = helpers.token_counts(TINY, [helpers.build_prompt("", ())])[0]
+    rare = "鬱"  # one token or more for each
+    tokens = helpers.token_counts(TINY, [helpers.build_prompt(rare * 10, ())])[0] - prompt
+    fits = (512 - 16 - prompt) * 10 // tokens
+    left = window_of_04(["山は？", rare * (fits - 5)], ["富士山", ANSWER * 30])
+    assert left["too_long"] == ["問1"] and 16 <= left["room"]["問1"] < 128
+    assert left["qa"] == [{"input": "山は？", "output": "富士山"}]
+    said = capsys.readouterr().out
+    assert "1 tasks are answered without shots and in fewer than 128 tokens:" in said
+    assert "1 examples are longer than 384 tokens and left out; 1 remain" in said
+    assert "qa.jsonl: no example fits" in refusal(window_of_04, ["山は？"], [ANSWER * 30])
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
