@@ -304,20 +304,18 @@ def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tupl
         return tuple([name for name in held if row[name] is not None][:1] or held[:1])
 
     question, answer = first(QUESTIONS), first(ANSWERS)
-    if not question or (chat[0] and not answer):
+    if not question or (chat[0] and (not answer or row[answer[0]] is None)):
         return chat
     # A row that has a conversation as well is one of notebook 2, whose instruction is already the whole question.
-    context = (
-        () if "conversations" in row else tuple(name for name in CONTEXTS if name not in question and row.get(name))
-    )
+    context = tuple(name for name in CONTEXTS if name not in question and row.get(name) and not chat[0])
     parts = [row[name] for name in question + context]
     wrong = [part for part in parts if not isinstance(part, str)]
     texts = [wrong[0] if wrong else "\n".join(filter(None, parts))]
     texts += [str(row[name]) if is_number(row[name]) else row[name] for name in answer]
-    history = row.get("history")  # the turns before, as LLaMA-Factory stores them: a list of pairs
-    if history := isinstance(history, list) and [pair for pair in history if isinstance(pair, list) and len(pair) == 2]:
-        texts = [*(text for pair in history for text in pair), *texts]
-    columns = question + context + answer + (("history",) if history else ())
+    history, columns = row.get("history"), question + context + answer
+    if isinstance(history, list) and history:  # the turns before, as LLaMA-Factory stores them: a list of pairs
+        texts = [text for pair in history if isinstance(pair, list) for text in pair[:2]] + texts
+        columns += ("history",)
     return columns, [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts)]
 
 
@@ -326,23 +324,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Number) and not isinstance(value, (bool, complex)) and math.isfinite(value)
 
 
-def check_text(where: str, value: Any) -> str:
-    """The text `value`; RecipeError, beginning with `where`, if it is none or holds half a surrogate pair."""
+def check_text(where: str, value: Any, or_number: bool = False) -> str:
+    """The text `value`, with `or_number` also the digits of a number; RecipeError, beginning with `where`, if it is
+    something else or holds half a surrogate pair."""
+    if or_number and is_number(value):
+        return str(value)
     if not isinstance(value, str):
-        kinds = {type(None): "null", bool: "true or false", dict: "an object", list: "a list"}
-        found = (
-            "a number" if isinstance(value, Number) and type(value) is not bool else kinds.get(type(value), "no text")
-        )
+        kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
+        found = kinds.get(type(value), type(value).__name__)
         raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
     if half := re.search("[\ud800-\udfff]", value):
         code = f"U+{ord(half.group()):04X}"
         raise RecipeError(f"{where} holds {code}, half a surrogate pair, which UTF-8 cannot hold; correct the text")
     return value
-
-
-def check_answer(where: str, value: Any) -> str:
-    """The answer `value` (see `check_text`); a number becomes its digits."""
-    return check_text(where, str(value) if is_number(value) else value)
 
 
 def read_pair(
@@ -371,9 +365,10 @@ def read_pair(
     form += ", first question of several" if roles.count("user") > 1 else ""
     question = check_text(f"{place}: the question ({columns[0]})", texts["user"])
     answer = texts.get("assistant")
-    return form, question, check_answer(f"{place}: the answer ({columns[-1]})", answer) if need_answer else answer
+    return form, question, check_text(f"{place}: the answer ({form})", answer, True) if need_answer else answer
 
 
+@collector_paused()
 def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
     """Questions and answers of a data set in any known form, as rows (input, output); prints which forms were read.
 
@@ -406,7 +401,7 @@ def check_forms(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         raise RecipeError(f"{len(problems):,} of {len(rows):,} rows cannot be used. The first one: {problems[0]}")
     print_forms(name, forms)
     if problems:
-        print(f"{len(problems):,} rows hold no question and answer and will be dropped. The first one: {problems[0]}")
+        print(f"{len(problems):,} rows cannot be used and will be dropped. The first one: {problems[0]}")
 
 
 def show(table: Any, longest: int = 200) -> Any:
@@ -1553,7 +1548,7 @@ def read_tasks(name: str) -> list[dict[str, Any]]:
         task = {"task_id": task_id, "input": question}
         if answer is not None:
             several = answer if isinstance(answer, list) else [answer]
-            several = [check_answer(f"{place}: the reference answer", text) for text in several]
+            several = [check_text(f"{place}: the reference answer", text, or_number=True) for text in several]
             task["output"] = several if isinstance(answer, list) else several[0]
         if row.get("eval_aspect") is not None:
             task["eval_aspect"] = check_text(f"{place}: eval_aspect", row["eval_aspect"])

@@ -250,8 +250,21 @@ def test_a_few_malformed_rows_do_not_stop_the_filter(capsys):
     good, bad = FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}
     helpers.check_forms("a", [good, bad, good, bad])
     assert "2 rows read as conversations (from, value)" in (said := capsys.readouterr().out)
-    assert "2 rows hold no question and answer and will be dropped. The first one: a, row 2: " in said
+    assert "2 rows cannot be used and will be dropped. The first one: a, row 2: " in said
     assert "3 of 4 rows" in refusal(helpers.check_forms, "a", [good, bad, bad, bad])
+
+
+def test_columns_that_are_null_do_not_hide_the_form_of_a_row(tmp_path):
+    """What a table makes of rows of several forms: every row has all columns, most of them null."""
+    question = QUESTIONS[0]
+    rows = [
+        {"conversations": None, "instruction": question[:5], "input": question[5:], "output": ANSWER},
+        {"conversations": turns(question), "instruction": None, "input": None, "output": None},
+    ]
+    for pair in helpers.load_pairs(write(tmp_path, "a.parquet", parquet(rows))):
+        assert (pair["input"].replace("\n", ""), pair["output"]) == (question, ANSWER)
+    kept, _, _ = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+    assert [row["instruction"].replace("\n", "") for row in kept] == [question] * 2
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -576,6 +589,9 @@ def test_training_texts_beyond_the_window_are_listed_with_what_happens_to_them(l
     assert list(table["what happens"]) == ["cut", "left out" if loss_on == "answer" else "cut"]
     assert (table["tokens of the question"] >= 256).tolist() == [False, True]
     assert (table["tokens of the text"] >= 256).all()
+    if loss_on == "answer":
+        values |= {"all_pairs": all_pairs[2:], "filtered": []}
+        assert "raise max_seq_length = 256" in refusal(lambda: run_cell("03_sft", "window", **values, loss_on=loss_on))
 
 
 def window_of_04(task_texts, answers=("富士山",), **values):
@@ -605,8 +621,8 @@ def test_tasks_beyond_the_window_are_named_before_the_model_is_loaded(capsys):
     assert left["too_long"] == ["問1"] and 16 <= left["room"]["問1"] < 128
     assert left["qa"] == [{"input": "山は？", "output": "富士山"}]
     said = capsys.readouterr().out
-    assert "1 tasks are answered without shots and in fewer than 128 tokens:" in said
-    assert "1 examples are longer than 384 tokens and left out; 1 remain" in said
+    assert "1 of 2 tasks are answered without shots, in less than 128 tokens" in said
+    assert "1 of 2 examples are longer than 384 tokens and left out" in said
     assert "qa.jsonl: no example fits" in refusal(window_of_04, ["山は？"], [ANSWER * 30])
 
 
