@@ -277,7 +277,7 @@ def read_turn(turn: Any) -> tuple[Any, Any]:
     """(role, content) of a turn in either spelling; roles are "user", "assistant" and others. (None, None) if none."""
     if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
         return None, None
-    role, content = (turn.get(key) for key in (("role", "content") if "role" in turn else ("from", "value")))
+    role, content = (turn["role"], turn.get("content")) if "role" in turn else (turn["from"], turn.get("value"))
     return ROLES.get(role, role) if isinstance(role, str) else "", content
 
 
@@ -333,9 +333,11 @@ def check_text(where: str, value: Any, or_number: bool = False) -> str:
         kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
         found = kinds.get(type(value), type(value).__name__)
         raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
-    if half := re.search("[\ud800-\udfff]", value):
-        code = f"U+{ord(half.group()):04X}"
-        raise RecipeError(f"{where} holds {code}, half a surrogate pair, which UTF-8 cannot hold; correct the text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(value[error.start]):04X}, half a surrogate pair"
+        raise RecipeError(f"{where} holds {half}, which UTF-8 cannot hold; correct the text") from None
     return value
 
 
