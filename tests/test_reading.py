@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -544,7 +544,7 @@ spoiled_rows = st.builds(lambda row, more: row | more, known_rows, wild_rows)
 @given(st.lists(known_rows | wild_rows | spoiled_rows, min_size=20, max_size=20), st.booleans())
 def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
     """2,000 rows of every form and of none: each is kept or dropped, and the files are valid JSON in UTF-8."""
-    switches = dict.fromkeys(("all_turns", "clean_conversations", "nfc", "cp932_only"), reviewed)
+    switches = {field.name: reviewed for field in fields(helpers.FilterRules) if field.default is False}
     rules = helpers.FilterRules((("山", "丘"),), ("海",), rare_below=0, rare_after_below=2, **switches)
     before = helpers.json_text(rows)
     helpers.save_filtered(tmp_path, *helpers.filter_rows(rows, rules))
