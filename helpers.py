@@ -145,7 +145,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
     Parquet and arrays are known by their first bytes, CSV and TSV by their names (`.csv.gz` is one, too). Raises
     RecipeError that names the place for what cannot be read.
     """
-    place = "the beginning"
+    number = 0
     try:
         with open_packed(path) as file:
             head = file.peek(64)[:64]
@@ -162,11 +162,12 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
                         place = f"{path}, line {number}"
                         yield place, parse_json(place, head, line)
                 return
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+            yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text; {advise(head, error.object)}") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise RecipeError(f"{path}: cannot be read on after {place} ({first_line(error)}); fetch it again") from None
+        after = f"{path}, after line {number}"
+        raise RecipeError(f"{after}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -276,7 +277,7 @@ def read_turn(turn: Any) -> tuple[Any, Any]:
     """(role, content) of a turn in either spelling; roles are "user", "assistant" and others. (None, None) if none."""
     if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
         return None, None
-    role, content = (turn.get(key) for key in (("role", "content") if "role" in turn else ("from", "value")))
+    role, content = (turn["role"], turn.get("content")) if "role" in turn else (turn["from"], turn.get("value"))
     return ROLES.get(role, role) if isinstance(role, str) else "", content
 
 
@@ -303,19 +304,18 @@ def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tupl
         return tuple([name for name in held if row[name] is not None][:1] or held[:1])
 
     question, answer = first(QUESTIONS), first(ANSWERS)
-    if not question or (chat[0] and not answer):
+    if not question or (chat[0] and (not answer or row[answer[0]] is None)):
         return chat
     # A row that has a conversation as well is one of notebook 2, whose instruction is already the whole question.
-    context = (
-        () if "conversations" in row else tuple(name for name in CONTEXTS if name not in question and row.get(name))
-    )
+    context = tuple(name for name in CONTEXTS if name not in question and row.get(name) and not chat[0])
     parts = [row[name] for name in question + context]
     wrong = [part for part in parts if not isinstance(part, str)]
     texts = [wrong[0] if wrong else "\n".join(filter(None, parts))]
     texts += [str(row[name]) if is_number(row[name]) else row[name] for name in answer]
-    if history := row.get("history"):  # the turns before, as LLaMA-Factory stores them
-        texts = [*(text for pair in history if isinstance(pair, list) for text in pair[:2]), *texts]
-    columns = question + context + answer + (("history",) if history else ())
+    history, columns = row.get("history"), question + context + answer
+    if isinstance(history, list) and history:  # the turns before, as LLaMA-Factory stores them: a list of pairs
+        texts = [text for pair in history if isinstance(pair, list) for text in pair[:2]] + texts
+        columns += ("history",)
     return columns, [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts)]
 
 
@@ -324,33 +324,31 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Number) and not isinstance(value, (bool, complex)) and math.isfinite(value)
 
 
-def check_text(where: str, value: Any) -> str:
-    """The text `value`; RecipeError, beginning with `where`, if it is none or holds half a surrogate pair."""
+def check_text(where: str, value: Any, or_number: bool = False) -> str:
+    """The text `value`, with `or_number` also the digits of a number; RecipeError, beginning with `where`, if it is
+    something else or holds half a surrogate pair."""
+    if or_number and is_number(value):
+        return str(value)
     if not isinstance(value, str):
-        kinds = {type(None): "null", bool: "true or false", dict: "an object", list: "a list"}
-        found = (
-            "a number" if isinstance(value, Number) and type(value) is not bool else kinds.get(type(value), "no text")
-        )
+        kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
+        found = kinds.get(type(value), type(value).__name__)
         raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
-    if half := re.search("[\ud800-\udfff]", value):
-        code = f"U+{ord(half.group()):04X}"
-        raise RecipeError(f"{where} holds {code}, half a surrogate pair, which UTF-8 cannot hold; correct the text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(value[error.start]):04X}, half a surrogate pair"
+        raise RecipeError(f"{where} holds {half}, which UTF-8 cannot hold; correct the text") from None
     return value
 
 
-def check_answer(where: str, value: Any) -> str:
-    """The answer `value` (see `check_text`); a number becomes its digits."""
-    return check_text(where, str(value) if is_number(value) else value)
+def read_pair(
+    place: str, row: Mapping[str, Any], columns_first: bool = True, need_answer: bool = True
+) -> tuple[str, str, Any]:
+    """The form of a row, its first question and its first answer, which without `need_answer` is returned as it is.
 
-
-def read_pair(place: str, row: Mapping[str, Any], columns_first: bool = True) -> tuple[str, str, Any]:
-    """The form of a row, its first question, and the first answer as it is found (None if there is none).
-
-    Raises RecipeError, beginning with `place`, for a row of unknown form and for a question that is no text.
+    Raises RecipeError, beginning with `place`, for a row of unknown form and for a question or answer that is no text.
     """
     columns, turns = read_form(row, columns_first)
-    if not columns:
-        raise RecipeError(f"{place}: no question found; its columns are {sorted(map(str, row))[:20]}; {KNOWN_FORMS}")
     form, roles, texts = ", ".join(columns), [], {}
     for number, turn in enumerate(turns, start=1):
         role, content = read_turn(turn)
@@ -358,15 +356,21 @@ def read_pair(place: str, row: Mapping[str, Any], columns_first: bool = True) ->
             raise RecipeError(f"{place}: turn {number} of {form} has no role; {KNOWN_FORMS}")
         roles.append(role)
         texts.setdefault(role, content)
-    if "user" not in texts:
-        raise RecipeError(f"{place}: no turn of a user in {form}; its roles are {list(texts)}; {KNOWN_FORMS}")
+    for role, part in (("user", "question"), ("assistant", "answer")):
+        if role not in texts and (role == "user" or need_answer):
+            chat = columns and columns[0] in CHATS
+            held = f"roles in {form} are {list(texts)}" if chat else f"columns are {sorted(map(str, row))[:20]}"
+            raise RecipeError(f"{place}: no {part} found; its {held}; {KNOWN_FORMS}")
     if columns[0] in CHATS:
         form += " (role, content)" if "role" in turns[0] else " (from, value)"
         form += ", without the system text" if "system" in texts else ""
     form += ", first question of several" if roles.count("user") > 1 else ""
-    return form, check_text(f"{place}: the question ({columns[0]})", texts["user"]), texts.get("assistant")
+    question = check_text(f"{place}: the question ({columns[0]})", texts["user"])
+    answer = texts.get("assistant")
+    return form, question, check_text(f"{place}: the answer ({form})", answer, True) if need_answer else answer
 
 
+@collector_paused()
 def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
     """Questions and answers of a data set in any known form, as rows (input, output); prints which forms were read.
 
@@ -376,7 +380,7 @@ def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
     pairs, forms = [], Counter()
     for place, row in read_rows(name, revision):
         form, question, answer = read_pair(place, row)
-        pairs.append({"input": question, "output": check_answer(f"{place}: the answer ({form})", answer)})
+        pairs.append({"input": question, "output": answer})
         forms[form] += 1
     print_forms(name, forms)
     return pairs
@@ -392,16 +396,14 @@ def check_forms(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     forms, problems = Counter(), []
     for number, row in enumerate(rows, start=1):
         try:
-            form, _, answer = read_pair(f"{name}, row {number}", row, columns_first=False)
-            check_answer(f"{name}, row {number}: the answer ({form})", answer)
-            forms[form] += 1
+            forms[read_pair(f"{name}, row {number}", row, columns_first=False)[0]] += 1
         except RecipeError as error:
             problems.append(str(error))
     if 2 * len(problems) > len(rows):
         raise RecipeError(f"{len(problems):,} of {len(rows):,} rows cannot be used. The first one: {problems[0]}")
     print_forms(name, forms)
     if problems:
-        print(f"{len(problems):,} rows hold no question and answer and will be dropped. The first one: {problems[0]}")
+        print(f"{len(problems):,} rows cannot be used and will be dropped. The first one: {problems[0]}")
 
 
 def show(table: Any, longest: int = 200) -> Any:
@@ -1181,6 +1183,8 @@ def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str
             if not rules.all_turns:
                 continue
             field = f"turn {number}"
+            if content is None and turn.get("tool_calls"):
+                continue  # it calls a tool instead of saying something
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
         texts[field] = rules.normal(content)
@@ -1696,7 +1700,7 @@ def read_tasks(name: str) -> list[dict[str, Any]]:
     tasks, forms = [], Counter()
     first: dict[Any, str] = {}
     for position, (place, row) in enumerate(read_rows(name)):
-        form, question, answer = read_pair(place, row)
+        form, question, answer = read_pair(place, row, need_answer=False)
         forms[form] += 1
         task_id = row.get("task_id", position)
         if isinstance(task_id, float) and task_id.is_integer():
@@ -1709,7 +1713,7 @@ def read_tasks(name: str) -> list[dict[str, Any]]:
         task = {"task_id": task_id, "input": question}
         if answer is not None:
             several = answer if isinstance(answer, list) else [answer]
-            several = [check_answer(f"{place}: the reference answer", text) for text in several]
+            several = [check_text(f"{place}: the reference answer", text, or_number=True) for text in several]
             task["output"] = several if isinstance(answer, list) else several[0]
         if row.get("eval_aspect") is not None:
             task["eval_aspect"] = check_text(f"{place}: eval_aspect", row["eval_aspect"])
