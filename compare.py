@@ -20,6 +20,7 @@ UNTOLD = ("cannot be told from noise", "too few tasks to tell")  # verdicts on a
 SWEEP = {
     "first loss": ("sft_metrics.json", "first_loss"),
     "last loss": ("sft_metrics.json", "last_loss"),
+    "held-out loss": ("sft_metrics.json", "held_out_loss"),
     "training tokens/s": ("sft_metrics.json", "tokens_per_second"),
     "GPU GiB": ("sft_metrics.json", "peak_gpu_gib"),
     "answered": ("inference_metrics.json", "answered"),

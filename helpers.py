@@ -844,6 +844,7 @@ PARAMETERS: dict[str, list | range | tuple[float, float] | Text] = {
     "per_device_train_batch_size": range(1, 4097),
     "gradient_accumulation_steps": range(1, 65_537),
     "warmup_steps": range(MANY),
+    "eval_share": (0, 0.5),
     "loss_on": ["text", "answer"],
     "neftune_noise_alpha": (0, 1_000),
     "save_steps": range(1, MANY),
@@ -1587,11 +1588,6 @@ def encode_within(tokenizer: Any, text: str) -> list[int]:
         for part in ("\n", "\n" + text, text)
     )
     return after[len(line_end) :] if after[: len(line_end)] == line_end else alone
-
-
-def token_counts(tokenizer: Any, texts: Iterable[str]) -> list[int]:
-    """The tokens of each text, with <bos>."""
-    return [len(encode(tokenizer, text).ids) for text in texts]
 
 
 def answer_labels(ids: Sequence[int], starts: Sequence[int], prompt_length: int) -> list[int]:

@@ -27,7 +27,7 @@ def test_no_secret_in_anything_that_is_written(smoke, tmp_path, monkeypatch):
     for name in ("quantized", "filtered_magpie.jsonl", "filtered_magpie.jsonl.record.json"):
         copy = shutil.copytree if (smoke / name).is_dir() else shutil.copy
         copy(smoke / name, tmp_path / name)
-    execute("03_sft", tmp_path, max_steps=2, wandb_project="secrets")
+    execute("03_sft", tmp_path, max_steps=2, warmup_steps=0, wandb_project="secrets")
     execute("04_rag_inference", tmp_path, max_new_tokens=4)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files}
