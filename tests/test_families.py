@@ -31,10 +31,10 @@ def test_the_series_works(family, tmp_path):
 
 def test_the_series_works_with_unsloth():
     """In a process of its own, because unsloth patches the libraries."""
-    command = [sys.executable, "tests/families.py", "--engine", "unsloth", "gemma3", "mistral", "qwen3"]
+    command = [sys.executable, "tests/families.py", "--engine", "unsloth", "gemma3", "qwen3"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line for line in printed.splitlines() if line.startswith("| ") and "unsloth" in line]
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert all("| yes |" in row and row.endswith("| 0 | 6 of 6 |") for row in rows), printed
 
 
