@@ -1651,13 +1651,14 @@ def sample_answers(
 def agree(found: Any, expected: Any) -> bool:
     """Whether two tensors of a model's scores (..., vocabulary) differ by rounding only.
 
-    The measure is their mean difference, as a part of their spread: below 0.001 in float32, and below 0.25 in 16 bit.
-    There, two right ways differ by 0.04 to 0.09 (8B shapes in 4 bit, random weights), and a wrong one by about 1.
+    The measure is the mean difference at the worst token, as a part of the spread of all scores: below 0.001 in float32
+    and below 0.5 in 16 bit. There, right ways came to at most 0.3, and tokens that saw what they should not to 1.1.
     """
     import torch
 
-    limit = 1e-3 if found.dtype == torch.float32 else 0.25
-    return bool((found.float() - expected.float()).abs().mean() < limit * expected.float().std())
+    limit = 1e-3 if found.dtype == torch.float32 else 0.5
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).abs().mean(-1).max() < limit * expected.std())
 
 
 def train_without_padding(model: Any, texts: Sequence[Sequence[int]]) -> bool:

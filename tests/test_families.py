@@ -110,6 +110,20 @@ def test_other_attention_is_left_to_the_model_itself(tmp_path, capsys, monkeypat
         assert "slots" not in found and found["batches"] == found["loop"]
 
 
+def test_rounding_in_16_bit_is_told_from_a_wrong_mask(tmp_path):
+    """A row in which the second text sees the first gives other scores only at the second text's first tokens."""
+    checkpoint = families.make_checkpoint("mistral", tmp_path)
+    model, tokenizer = helpers.load_model(str(checkpoint), "transformers", max_seq_length=512)
+    texts = [torch.tensor([helpers.encode(tokenizer, prompt).ids[:200]]) for prompt in families.PROMPTS[:2]]
+    row, positions = torch.cat(texts, dim=1), torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(text).logits for text in texts], dim=1)
+        mixed = model(row, attention_mask=torch.ones_like(row), position_ids=positions).logits
+    assert helpers.agree(alone * 1.01, alone)
+    assert not helpers.agree(mixed, alone)
+    assert not helpers.agree(mixed * torch.nan, alone)
+
+
 def test_both_engines_end_at_all_end_tokens_of_the_model(tmp_path):
     """A list of end tokens in the generation config, with a pad token that is one of them."""
     checkpoint = families.make_checkpoint("qwen2.5", tmp_path)
