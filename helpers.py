@@ -745,19 +745,21 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
 
 def card_licence(name: str, commit: str) -> dict[str, str]:
     """The licence that the card of a model names: `licence`, and of one that the hub has no name for also
-    `licence_name` and `licence_link`. {} if there is no card, or it names none.
+    `licence_name` and `licence_link`. {} if there is no card that can be read, or it names none.
     """
-    from huggingface_hub import ModelCard, hf_hub_download
+    import yaml
+    from huggingface_hub import hf_hub_download, metadata_load
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        path = hf_hub_download(name, "README.md", revision=commit) if commit else Path(name, "README.md")
-        data = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (EntryNotFoundError, OSError, ValueError):
+        card = metadata_load(hf_hub_download(name, "README.md", revision=commit) if commit else Path(name, "README.md"))
+    except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError):
         return {}
-    licence = [data.license] if isinstance(data.license, str) else data.license or []
-    found = {"licence": ", ".join(licence), "licence_name": data.license_name, "licence_link": data.license_link}
-    return {key: value for key, value in found.items() if value}
+    card = card or {}
+    licences = card.get("license") or []
+    found = {"licence": ", ".join(map(str, licences if isinstance(licences, list) else [licences]))}
+    found |= {f"licence_{part}": card.get(f"license_{part}") for part in ("name", "link")}
+    return {key: str(value) for key, value in found.items() if value}
 
 
 def base_of(adapter: Mapping[str, Any], folder: str) -> str:

@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from conftest import ROOT
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 import helpers
@@ -214,3 +215,26 @@ def test_values_for_sampling_do_not_stop_the_saving(tmp_path):
     (checkpoint / "generation_config.json").write_text(json.dumps(values))
     model = helpers.load_weights(str(checkpoint), helpers.text_config(str(checkpoint)), device_map="cpu")
     model.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence", "said"),
+    [
+        ("license: [gemma, llama3.3]", ["gemma", "llama3.3"], ("Gemma Terms of Use", "Built with Llama.")),
+        ("license: apache-2.0", "apache-2.0", ()),
+        ("license: other\nlicense_name: qwen\nlicense_link: https://a/b", "other", ()),
+        ("license: [a", None, ()),
+        ("tags: [x]", None, ()),
+    ],
+)
+def test_the_card_has_the_licence_of_the_base_and_says_what_it_asks_for(tmp_path, card, licence, said):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    record = helpers.make_record("01", {"model": helpers.model_source(str(tmp_path))}, {}, [])
+    helpers.check_licences(record["inputs"])  # a model's licence is shown, not judged
+    text = helpers.model_card("T", record, [], {})
+    data = ModelCard(text).data
+    assert data.license == licence
+    assert (data.license_name, data.license_link) == (("qwen", "https://a/b") if licence == "other" else (None, None))
+    notices = ("Gemma Terms of Use", "Built with Llama.")
+    assert [notice in text for notice in notices] == [notice in said for notice in notices]
