@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,11 +213,19 @@ def test_notebook_3_writes_a_model_that_answers_like_base_and_adapter(smoke, tmp
     assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= record["files"].keys()
     assert "data/sample/qa.jsonl" in Path(merged, "README.md").read_text(encoding="utf-8")
 
-    def answers(name, adapter=None):
-        model, tokenizer = helpers.load_model(name, "transformers", max_seq_length=256)
-        model = helpers.load_adapter(model, str(adapter)) if adapter else model
-        questions = [row["input"] for row in helpers.load_rows(ROOT / "data/sample/tasks.jsonl")[:3]]
-        return helpers.sample_answers(model, tokenizer, questions, "transformers", max_new_tokens=24)
-
-    alone, trained = answers(base), answers(base, tmp_path / "adapter")
-    assert answers(merged) == trained != alone
+    # Every token of a greedy answer of base + adapter is the first choice of merged/, too, but for a step of bf16:
+    # where two tokens score the same, rounding decides between them.
+    load = partial(helpers.load_model, engine="transformers", max_seq_length=256)
+    (trained, tokenizer), (alone, _), (model, _) = load(base), load(base), load(merged)
+    trained = helpers.load_adapter(trained, str(tmp_path / "adapter"))
+    behind = {"merged": [], "base alone": []}
+    for task in helpers.load_rows(ROOT / "data/sample/tasks.jsonl")[:5]:
+        prompt = helpers.encode(tokenizer, helpers.sft_text(task["input"], "", "")).ids
+        with torch.no_grad():
+            row = trained.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, max_length=None)
+            for name, other in {"merged": model, "base alone": alone}.items():
+                scores = other(row).logits[0, len(prompt) - 1 : -1].float()
+                chosen = scores.gather(1, row[0, len(prompt) :, None])[:, 0]
+                behind[name].append((scores.max(dim=1).values - chosen).max().item())
+    assert max(behind["merged"]) < 0.1
+    assert max(behind["base alone"]) > 1  # so the questions do tell the two apart
