@@ -1,0 +1,231 @@
+"""`merge_adapter`: base + adapter as one model in bf16, the same model, in little memory."""
+
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_notebooks import execute
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Phi3Config
+
+import helpers
+from helpers import RecipeError
+
+TINY = ROOT / "data/tiny/gemma2"
+
+
+def all_tensors(folder):
+    return {name: tensor for path in Path(folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def save_adapter(base, folder, **config):
+    """A LoRA adapter with random matrices for all linear layers of a model folder."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def phi3(folder):
+    """Fused projections, and embeddings that are not tied to the output."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = Phi3Config(**sizes, vocab_size=500, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def quantize(source, folder, quant_type, double):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
+    helpers.keep_weights_unpacked(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bf16", "phi3", "nf4", "nf4 double", "fp4", "fp4 double"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_every_weight_is_what_peft_would_merge(kind, rslora, tmp_path):
+    """transformers dequantizes, peft merges, all at once and in float32: rounded to bf16 it is what was written."""
+    base = TINY if kind == "bf16" else phi3(tmp_path / "phi3")
+    adapter = save_adapter(TINY if "4" in kind else base, tmp_path / "adapter", use_rslora=rslora)
+    if "4" in kind:
+        base = quantize(TINY, tmp_path / "base", kind[:3], "double" in kind)
+    helpers.merge_adapter(str(base), adapter, tmp_path / "merged", shard_size=2e5)
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    if "4" in kind:
+        helpers.keep_weights_unpacked(model)
+        model = model.dequantize()
+    expected = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload().bfloat16().state_dict()
+    found = all_tensors(tmp_path / "merged")
+    assert found.keys() == {name for name in expected if name != "lm_head.weight" or kind == "phi3"}
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2**-7, atol=1e-6)  # one step of bf16
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()) and again.dtype == torch.bfloat16
+    assert not hasattr(again.config, "quantization_config")
+
+    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    assert {name for name, file in index["weight_map"].items() if (tmp_path / "merged" / file).is_file()} == set(found)
+
+
+def test_without_a_record_it_is_unfinished_and_old_files_are_gone(tmp_path):
+    adapter, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "merged"
+    shutil.copytree(TINY, merged)
+    helpers.write_record(merged, helpers.make_record("03_sft", {}, {}, []))
+    helpers.merge_adapter(str(TINY), adapter, merged)
+    with pytest.raises(RecipeError, match="merged is unfinished"):
+        helpers.model_source(str(merged))
+    assert sorted(path.name for path in merged.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "record.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all", "fan_in_fan_out": True}, "bias, fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"peft_type": "LOHA"}, "peft_type"),
+        ({"an_option_of_next_year": 1}, "an_option_of_next_year"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "lora_embedding_A"),
+        ("base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector", "lora_magnitude_vector"),
+        ("base_model.model.language_model.layers.0.mlp.down_proj.lora_A.weight", "stores no language_model"),
+    ],
+)
+def test_adapters_that_do_more_are_refused(change, named, tmp_path):
+    adapter, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "merged"
+    config, tensors = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    if isinstance(change, dict):
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    else:
+        save_file(load_file(tensors) | {change: torch.zeros(4, 4)}, tensors)
+    with pytest.raises(RecipeError, match=f"adapter cannot be merged.*{named}"):
+        helpers.merge_adapter(str(TINY), adapter, merged)
+    assert not merged.exists()
+
+
+def test_bases_that_cannot_be_merged_and_a_small_disk(tmp_path):
+    adapter, base, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(TINY, base)
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, base / "model.safetensors")
+    with pytest.raises(RecipeError, match=f"base stores {name} as torch.float8_e4m3fn"):
+        helpers.merge_adapter(str(base), adapter, merged)
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=r"base holds no model\.safetensors"):
+        helpers.merge_adapter(str(base), adapter, merged)
+    shutil.copy(TINY / "model.safetensors", base)
+    config = json.loads((TINY / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 2**40}))
+    shutil.rmtree(merged)
+    with pytest.raises(RecipeError, match=r"merged will have 281475\.0 GB, and the disk has .* GB: make room"):
+        helpers.merge_adapter(str(base), adapter, merged)
+    assert not merged.exists()
+
+
+def large_model(folder):
+    """A model of 0.8 GB in files of 57 MB, and an adapter, written file by file; returns its size in MB."""
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 16, "layer_types": None}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {n: p.shape for n, p in helpers.empty_model(helpers.text_config(str(folder))).named_parameters()}
+    places = {name: f"{number // 14}.safetensors" for number, name in enumerate(shapes)}
+    lora = {}
+    for file in set(places.values()):
+        tensors = {
+            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_() for name in places if places[name] == file
+        }
+        save_file(tensors, folder / file)
+    for name, shape in shapes.items():
+        if name.endswith("proj.weight"):
+            lora[f"base_model.model.{name[:-7]}.lora_A.weight"] = torch.randn(4, shape[1])
+            lora[f"base_model.model.{name[:-7]}.lora_B.weight"] = torch.randn(shape[0], 4)
+    helpers.write_json(folder / "model.safetensors.index.json", {"weight_map": places})
+    save_file(lora, folder / "adapter_model.safetensors")
+    helpers.write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    return sum(shape.numel() for shape in shapes.values()) * 2 / 1e6
+
+
+MEASURE = """
+import re, sys
+import bitsandbytes, peft, torch, transformers
+import helpers
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024 / 1e6
+start, (base, merged, shard_size) = peak(), sys.argv[1:]
+helpers.merge_adapter(base, base, merged, shard_size=float(shard_size))
+print(peak() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
+def test_memory_is_that_of_a_file_and_not_of_the_model(tmp_path):
+    size = large_model(tmp_path / "base")
+
+    def peak(shard_size):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "base"), str(tmp_path / "merged"), str(shard_size)]
+        run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        return float(run.stdout.split()[-1])
+
+    assert size > 800
+    assert peak(1e8) < size / 2
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 8
+    assert peak(1e10) > size  # so the measure does see a whole model
+
+
+@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+def test_notebook_3_writes_a_model_that_answers_like_base_and_adapter(smoke, tmp_path, engine):
+    base, merged = str(smoke / "quantized"), str(tmp_path / "merged")
+    data = {"model": base, "train_data": str(smoke / "filtered_magpie.jsonl")}
+    execute("03_sft", tmp_path, engine=engine, export_merged=True, **data)
+    record = helpers.check_files(merged, finished=True)
+    assert record["inputs"]["model"] == helpers.model_source(base)
+    assert record["inputs"]["adapter"] == helpers.model_source(str(tmp_path / "adapter"))
+    assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= record["files"].keys()
+    assert "data/sample/qa.jsonl" in Path(merged, "README.md").read_text(encoding="utf-8")
+
+    # Every token of a greedy answer of base + adapter is the first choice of merged/, too, but for a step of bf16:
+    # where two tokens score the same, rounding decides between them.
+    load = partial(helpers.load_model, engine="transformers", max_seq_length=256)
+    (trained, tokenizer), (alone, _), (model, _) = load(base), load(base), load(merged)
+    trained = helpers.load_adapter(trained, str(tmp_path / "adapter"))
+    behind = {"merged": [], "base alone": []}
+    for task in helpers.load_rows(ROOT / "data/sample/tasks.jsonl")[:5]:
+        prompt = helpers.encode(tokenizer, helpers.sft_text(task["input"], "", "")).ids
+        with torch.no_grad():
+            row = trained.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, max_length=None)
+            for name, other in {"merged": model, "base alone": alone}.items():
+                scores = other(row).logits[0, len(prompt) - 1 : -1].float()
+                chosen = scores.gather(1, row[0, len(prompt) :, None])[:, 0]
+                behind[name].append((scores.max(dim=1).values - chosen).max().item())
+    assert max(behind["merged"]) < 0.1
+    assert max(behind["base alone"]) > 1  # so the questions do tell the two apart
