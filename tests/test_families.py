@@ -129,6 +129,29 @@ def test_rules_see_no_padding():
     assert found.tolist() == [[1, 1, 1, 0.5, 0.5, 0.5], [1, 1, 1, 0.5, 1, 1]]
 
 
+@pytest.mark.parametrize("generate", [helpers.answer_in_slots, helpers.answer_in_batches])
+@pytest.mark.parametrize("penalize_prompt", [True, False])
+def test_histories_hold_what_was_read_and_written_and_nothing_else(tmp_path, generate, penalize_prompt):
+    """Prompts of different lengths together, and a pad token that is the end token: every row of a history is the
+    beginning of its own text.
+    """
+    checkpoint = families.make_checkpoint("qwen3", tmp_path)
+    model, _ = helpers.load_model(str(checkpoint), "transformers", max_seq_length=512, dtype="float32")
+    prompts, seen = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]], []
+
+    def watch(history, scores):
+        nothing = scores.shape[1] - 1
+        seen.extend([token for token in row if token != nothing] for row in history.tolist())
+        return scores
+
+    never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
+    decoding = helpers.Decoding(generate, 3, watch, never, penalize_prompt)
+    answers = dict(generate(model, prompts, lambda _: 4, decoding))
+    texts = [(prompt if penalize_prompt else []) + answers[i] for i, prompt in enumerate(prompts)]
+    expected = [text[: len(text) - 4 + step] for text in texts for step in range(4)]
+    assert sorted(seen) == sorted(expected)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "llama3", "llm-jp", "mistral", "qwen3", "phi3"])
 def test_banned_words_cannot_be_written_anywhere(family):
     """At the beginning of an answer, on a line of its own, and in the middle of a sentence."""

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -210,3 +211,38 @@ def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, reposit
     assert adapter["inputs"]["model"]["sha256"] == model["sha256"] != ""
     # The record leads from the answers back to the rows before the filter, over three repositories.
     assert adapter["inputs"]["train_data"]["inputs"]["dataset"]["name"] == "data/sample/magpie.jsonl"
+
+
+COLAB_DRIVE = """
+import os
+import shutil
+
+def mount(path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not os.path.islink(path):
+        os.symlink(os.environ["DRIVE"], path)
+"""
+
+
+@pytest.mark.skipif(not os.access("/", os.W_OK) or os.path.exists("/content"), reason="Colab's /content is made here")
+def test_each_notebook_runs_alone_on_what_lies_in_google_drive(repository, tmp_path, monkeypatch):  # noqa: F811
+    """Machines of their own, the same Drive. The package google.colab exists on Colab alone: a small one stands in."""
+    package = tmp_path / "packages/google/colab"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "drive.py").write_text(COLAB_DRIVE)
+    (tmp_path / "drive/MyDrive").mkdir(parents=True)
+    monkeypatch.setenv("DRIVE", str(tmp_path / "drive"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("RECIPE_REPOSITORY", repository)
+    try:
+        run_alone("01_quantize", tmp_path / "1", drive_dir="recipe")
+        run_alone("02_filter_magpie", tmp_path / "2", drive_dir="recipe")
+        run_alone("03_sft", tmp_path / "3", drive_dir="recipe", max_steps=3, warmup_steps=1)
+        run_alone("04_rag_inference", tmp_path / "4", drive_dir="recipe", max_new_tokens=4)
+    finally:
+        shutil.rmtree("/content")
+    made = {path.name for path in (tmp_path / "drive/MyDrive/recipe/outputs/alone").iterdir()}
+    assert {"quantized", "filtered_magpie.jsonl", "adapter", "output.jsonl"} <= made
+    for number in "1234":
+        assert not (tmp_path / number / "gemma2-ja-qlora/outputs").exists()
