@@ -1222,6 +1222,230 @@ def train(trainer: Any, checkpoint: Path | None) -> None:
         trainer.state = state
 
 
+def frozen_weight(layer: Any, dtype: Any) -> Any:
+    """The matrix W (out, in) of one of peft's layers, unpacked if it is stored in 4 bit."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = layer.base_layer.weight
+    packed = getattr(weight, "quant_state", None)
+    return (weight.data if packed is None else dequantize_4bit(weight.data, packed)).to(dtype)
+
+
+def lora_product(x: Any, layer: Any, scaling: float, a: Any, b: Any) -> Any:
+    """Wx + bias + scaling BAx for x (tokens, in): the product with B adds itself to the one with W."""
+    import torch
+
+    y = torch.nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.base_layer.bias)
+    return y.addmm_(x @ a.T, b.T, alpha=scaling)
+
+
+def lora_input_gradient(gradient: Any, layer: Any, scaling: float, a: Any, b: Any) -> tuple[Any, Any]:
+    """The gradient of x from that of `lora_product`, and that of scaling Ax, which is a step on the way."""
+    of_inner = (gradient @ b).mul_(scaling)
+    return (gradient @ frozen_weight(layer, gradient.dtype)).addmm_(of_inner, a), of_inner
+
+
+def lora_adapter_gradients(gradient: Any, of_inner: Any, x: Any, scaling: float, a: Any) -> tuple[Any, Any]:
+    """The float32 gradients of A and B."""
+    return (of_inner.T @ x).float(), (gradient.T @ (x @ a.T)).mul_(scaling).float()
+
+
+def gated(activation: Any, gate: Any, up: Any) -> Any:
+    """What the last matrix of a gated MLP gets."""
+    return activation(gate) * up
+
+
+def gated_gradients(activation: Any, gate: Any, up: Any, gradient: Any) -> tuple[Any, Any, Any]:
+    """The result of `gated` once more, and the gradients of `gate` and `up` from that of the result."""
+    import torch
+
+    result, pull = torch.func.vjp(lambda *both: gated(activation, *both), gate, up)
+    return result, *pull(gradient)
+
+
+@lru_cache
+def lora_functions(gpu: bool) -> tuple[Any, Any]:
+    """Two functions with backward passes of their own: an adapted layer of x, and of what `gated` makes of two tensors.
+
+    The second keeps the two and not the result, so that an MLP keeps two of its four wide tensors.
+    """
+    import torch
+
+    # Compiled, each of the two is a single kernel.
+    inner, inner_gradients = (torch.compile(part, dynamic=True) if gpu else part for part in (gated, gated_gradients))
+
+    class Lora(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, layer: Any, scaling: float, a: Any, b: Any) -> Any:
+            a, b = a.to(x.dtype), b.to(x.dtype)
+            ctx.layer, ctx.scaling = layer, scaling
+            ctx.save_for_backward(x, a, b)
+            return lora_product(x, layer, scaling, a, b)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            x, a, b = ctx.saved_tensors
+            of_x, of_inner = lora_input_gradient(gradient, ctx.layer, ctx.scaling, a, b)
+            return of_x, None, None, *lora_adapter_gradients(gradient, of_inner, x, ctx.scaling, a)
+
+    class GatedLora(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, gate: Any, up: Any, activation: Any, layer: Any, scaling: float, a: Any, b: Any) -> Any:
+            a, b = a.to(gate.dtype), b.to(gate.dtype)
+            ctx.activation, ctx.layer, ctx.scaling = activation, layer, scaling
+            ctx.save_for_backward(gate, up, a, b)
+            return lora_product(inner(activation, gate, up), layer, scaling, a, b)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            gate, up, a, b = ctx.saved_tensors
+            of_x, of_inner = lora_input_gradient(gradient, ctx.layer, ctx.scaling, a, b)
+            x, of_gate, of_up = inner_gradients(ctx.activation, gate, up, of_x)
+            of_adapter = lora_adapter_gradients(gradient, of_inner, x, ctx.scaling, a)
+            return of_gate, of_up, None, None, None, *of_adapter
+
+    return Lora.apply, GatedLora.apply
+
+
+def is_plain_lora(layer: Any) -> bool:
+    """Whether `layer` is one of peft's that computes Wx + bias + scaling BAx, with one adapter, and nothing else."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer) or type(layer.base_layer) not in (torch.nn.Linear, Linear4bit):
+        return False
+    name, *others = layer.active_adapters
+    dropout = not isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    return not (others or dropout or layer.merged or layer.lora_variant or layer.lora_bias[name])
+
+
+def add_adapter_in_place(model: Any) -> int:
+    """Let the layers of a model with peft's adapter compute it, in training, without peft's copies.
+
+    peft copies Wx, scales BAx and adds both into a third tensor; here the product with B adds itself to Wx, and so in
+    the backward pass. The weights stay peft's own. What is more than a plain adapter (dropout, DoRA, 8 bit) and an MLP
+    that computes something else than `gated` are left as they are. Returns how many layers and MLPs were changed.
+    """
+    import torch
+
+    lora, gated_lora = lora_functions(model.device.type == "cuda")
+    activations: dict[str, Any] = {}  # equal ones become one object, for which nothing is compiled again
+
+    def flat(x: Any) -> Any:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return x.reshape(-1, x.shape[-1]).to(dtype)
+
+    def parts(layer: Any) -> tuple[Any, ...]:
+        name = layer.active_adapters[0]
+        return layer, layer.scaling[name], layer.lora_A[name].weight, layer.lora_B[name].weight
+
+    def replace(module: Any, layer: Any, fast: Callable[[Any], Any]) -> None:
+        own = module.forward  # outside of training, and with the adapter switched off
+        module.forward = lambda x: fast(x) if layer.training and not layer.disable_adapters else own(x)
+
+    plain = [module for module in model.modules() if is_plain_lora(module)]
+    changed = len(plain)
+    for layer in plain:
+        replace(layer, layer, lambda x, layer=layer: lora(flat(x), *parts(layer)).view(*x.shape[:-1], -1))
+    for mlp in model.modules():
+        gate, up, down = (getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down"))
+        if not (all(map(is_plain_lora, (gate, up, down))) and hasattr(mlp, "act_fn")):
+            continue
+        activation = activations.setdefault(repr(mlp.act_fn), mlp.act_fn)
+
+        def fast(x: Any, gate: Any = gate, up: Any = up, down: Any = down, activation: Any = activation) -> Any:
+            return gated_lora(flat(gate(x)), flat(up(x)), activation, *parts(down)).view(x.shape)
+
+        with torch.no_grad():
+            x = torch.linspace(-2, 2, 8 * gate.in_features, dtype=model.dtype, device=model.device).view(-1, 8).T
+            expected = mlp(x)
+            if (fast(x) - expected).norm() < 0.05 * expected.norm():
+                replace(mlp, down, fast)
+                changed += 1
+    return changed
+
+
+class KeptLayers:
+    """Gradient checkpointing in only as many layers as the GPU's memory requires, decided anew for every row.
+
+    A checkpointed layer keeps its input alone and is computed again in the backward pass; a kept layer saves that time.
+    How many bytes a kept layer takes per token, and how many the rest of a step, is measured while training. A row that
+    does not fit all the same is computed again with fewer kept layers, with the same noise and on top of the same
+    gradients. Of several processes each decides for itself, but an error stays one: the others wait for this one.
+    """
+
+    def __init__(self, trainer: Any, margin_gib: float = 2.0):
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.layers = [layer for layer in trainer.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        self.parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        self.margin, self.alone = margin_gib * 2**30, trainer.args.world_size == 1
+        self.layer_bytes, self.rest_bytes, self.rest_tokens, self.peak = 0.0, 0.0, 1, 0
+        self.layers[-1].register_forward_pre_hook(self.measure_layer)
+        self.layers[-1].register_forward_hook(self.measure_layer)
+        self.step, trainer.training_step = trainer.training_step, self.training_step
+
+    def measure_layer(self, layer: Any, _inputs: Any, output: Any = None) -> None:
+        import torch
+
+        allocated = torch.cuda.memory_allocated()
+        if output is None:
+            self.before = allocated
+        elif not layer.gradient_checkpointing:
+            self.layer_bytes = (allocated - self.before) / self.tokens
+
+    def checkpoint_all_but(self, kept: int) -> None:
+        self.kept = kept
+        for index, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = index < len(self.layers) - kept
+
+    def number_that_fits(self, used: int) -> int:
+        import torch
+
+        if not self.peak:  # loading the model may have taken more
+            torch.cuda.reset_peak_memory_stats()
+        if not self.layer_bytes:  # the first row measures
+            return 1
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
+        rest = self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)
+        return int(min(max((free - rest) / (self.layer_bytes * self.tokens), 0), len(self.layers)))
+
+    def training_step(self, model: Any, inputs: Mapping[str, Any], *arguments: Any, **named: Any) -> Any:
+        """The trainer's own training step, planned before and measured after."""
+        import torch
+
+        self.tokens, used = inputs["input_ids"].numel(), torch.cuda.memory_allocated()
+        self.checkpoint_all_but(self.number_that_fits(used))
+        sums = [parameter.grad for parameter in self.parameters]
+        random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        while True:
+            if self.alone:  # half a backward pass must leave nothing in the sums
+                for parameter in self.parameters:
+                    parameter.grad = None
+            try:
+                loss = self.step(model, inputs, *arguments, **named)
+                break
+            except torch.OutOfMemoryError:
+                if not (self.kept and self.alone):
+                    raise
+            self.margin += 2**30
+            self.checkpoint_all_but(self.kept // 2)
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.set_rng_state(random_states[0])
+            torch.cuda.set_rng_state_all(random_states[1])
+        if self.alone and sums[0] is not None:
+            torch._foreach_add_([parameter.grad for parameter in self.parameters], sums)
+        peak = torch.cuda.max_memory_allocated()
+        if peak > self.peak and self.tokens >= self.rest_tokens:  # so it is this row's
+            self.rest_bytes = peak - used - self.kept * self.layer_bytes * self.tokens
+            self.rest_tokens = self.tokens
+        self.peak = peak
+        return loss
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 5. Retrieve and answer
 # --------------------------------------------------------------------------------------------------------------------
