@@ -1,8 +1,8 @@
 """The second half of the set-up cell.
 
-Where a notebook had to fetch the repository, as on Colab, it installs what the machine lacks of requirements.txt and
-requirements-nodeps.txt. An installed torch is never replaced: it fits the machine's driver, and another build is a
-download of gigabytes.
+It checks the parameters and that there is something to work on. Then, where a notebook had to fetch the repository, as
+on Colab, it installs what the machine lacks of requirements.txt and requirements-nodeps.txt. An installed torch is
+never replaced: it fits the machine's driver, and another build is a download of gigabytes.
 """
 
 import importlib
@@ -17,12 +17,14 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent
+START = Path.cwd()  # where the notebook lies
 OLDEST_TORCHAO = "0.16"  # peft does not even import beside an older one; Colab brings 0.10, and nothing here uses it
 stale: set[str] = set()  # changed while imported; kept until the session is restarted
 
@@ -113,10 +115,57 @@ def quiet_libraries() -> None:
         logging.getLogger(name).addFilter(lambda record: not any(note in record.getMessage() for note in notes))
 
 
-def prepare() -> ModuleType:
-    """Install what is missing if the repository was fetched for this notebook, go to its root, return helpers.py."""
-    if ROOT not in (Path.cwd(), *Path.cwd().parents):
-        install()
+def find_beside_notebook(values: dict[str, Any]) -> None:
+    """Let parameters that name a file or folder beside the notebook name it from the repository's root."""
+    for name in ("base_model", "dataset", "rules", "model", "train_data", "qa_data", "adapter", "tasks", "retriever"):
+        value = values.get(name)
+        if isinstance(value, str) and value and not Path(value).exists() and (START / value).exists():
+            values[name] = os.path.relpath(START / value)
+            print(f"{name}: {values[name]}")
+
+
+def missing_input(values: Mapping[str, Any], output_dir: str) -> str:
+    """What an earlier notebook writes, is not named otherwise and is not in `output_dir`, with what to do; else ""."""
+    needs = {"model": ("quantized", 1), "adapter": ("adapter", 3)}
+    if (
+        "adapter" not in values
+    ):  # notebook 3; notebook 4 can do without the training rows, and knows the base of an adapter
+        needs["train_data"] = ("filtered_magpie.jsonl", 2)
+    elif values["adapter"] not in ("", "none"):
+        del needs["model"]
+    for name, (product, number) in needs.items():
+        path = Path(output_dir, product)
+        if values.get(name) == "" and not path.exists():
+            return (
+                f"{path} is not here. Run notebook {number} with the same output_dir first (on Colab, where each "
+                f"notebook opens a machine of its own, with the same drive_dir, too), or set {name} to the hub "
+                f"repository that notebook {number} pushed to, its hub_repo"
+            )
+    tasks = values.get("tasks", "")
+    if tasks.endswith(".jsonl") and not Path(tasks).exists():
+        return (
+            f"tasks: {tasks} is not here. If it is the competition's file, which only participants have, put it beside "
+            'the notebook. To try the recipe, set tasks to "elyza/ELYZA-tasks-100": public tasks of the same kind, '
+            "with references. They are not the default, because the competition asked for answers to its own tasks"
+        )
+    return ""
+
+
+def prepare(values: dict[str, Any]) -> ModuleType:
+    """Return helpers.py, with the repository's root as the working directory and everything installed.
+
+    `values` are the notebook's globals. Before anything is installed, the parameters among them are checked, and
+    RecipeError says what is missing and how to get it.
+    """
+    fetched = ROOT not in (Path.cwd(), *Path.cwd().parents)
     os.chdir(ROOT)
+    helpers = importlib.import_module("helpers")
+    helpers.check_parameters(values)
+    find_beside_notebook(values)
+    output_dir = helpers.place_outputs(values["output_dir"], values["drive_dir"])
+    if missing := missing_input(values, output_dir):
+        raise helpers.RecipeError(missing)
+    if fetched:
+        install()
     quiet_libraries()
-    return importlib.import_module("helpers")
+    return helpers

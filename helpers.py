@@ -16,6 +16,7 @@ Only the standard library and numpy are imported here; heavy packages are import
 from __future__ import annotations
 
 import codecs
+import copy
 import gc
 import gzip
 import hashlib
@@ -446,7 +447,25 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
         record = check_files(name, finished)
         files = record.get("files") or hash_files(name)
     sha256 = digest(files) if files else ""
-    return {"name": name, "commit": commit, "sha256": sha256, "inputs": record.get("inputs", {})}
+    source = {"name": name, "commit": commit, "sha256": sha256, "inputs": record.get("inputs", {})}
+    return source | card_licence(name, commit)
+
+
+def card_licence(name: str, commit: str) -> dict[str, str]:
+    """The licence that the card of a model names: `licence`, and of one that the hub has no name for also
+    `licence_name` and `licence_link`. {} if there is no card, or it names none.
+    """
+    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = hf_hub_download(name, "README.md", revision=commit) if commit else Path(name, "README.md")
+        data = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (EntryNotFoundError, OSError, ValueError):
+        return {}
+    licence = [data.license] if isinstance(data.license, str) else data.license or []
+    found = {"licence": ", ".join(licence), "licence_name": data.license_name, "licence_link": data.license_link}
+    return {key: value for key, value in found.items() if value}
 
 
 def rows_source(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -464,8 +483,8 @@ def origins(inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
     """Raise RecipeError if one of the data sets at the bottom of `inputs` has a licence that is not allowed."""
-    for source in origins(inputs).values():
-        if source.get("licence", OWN_DATA) != OWN_DATA:  # a model's licence is not asked for here
+    for role, source in origins(inputs).items():
+        if role not in ("model", "adapter") and source.get("licence", OWN_DATA) != OWN_DATA:
             check_licence(source["name"], source["licence"].split(", "), also_allowed)
 
 
@@ -478,6 +497,114 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names of the inputs and settings in which two records differ."""
     parts = [{role: identity(source) for role, source in r["inputs"].items()} | r["settings"] for r in (old, new)]
     return sorted(key for key in parts[0].keys() | parts[1].keys() if parts[0].get(key) != parts[1].get(key))
+
+
+class Text(NamedTuple):
+    """Text that `pattern` matches as a whole; `words` say the same to a reader."""
+
+    pattern: str
+    words: str
+
+
+NAME = Text(r"(?![~\s]).*\S", "the name of a file, a folder or a hub repository, without ~ and spaces at its ends")
+NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
+HUB_REPO = Text(r"([\w.-]+/[\w.-]+)?", "empty or a hub repository, owner/name")
+URL = Text(r"(https?://[^\s/]\S*)?", "empty or an address that begins with https:// or http://")
+PROJECT = Text(r"[^/\\#?%:\n]{0,128}", "empty or a name of at most 128 characters without / \\ # ? % :")
+ANY_TEXT = Text(r".*", "text on one line")
+ENGINES = ["transformers", "unsloth"]
+MANY = 10**9
+
+# What each parameter of the notebooks may be: a choice from a list, a whole number of a range, a real number from a
+# smallest to a largest value, or text. The upper limits are there for slips of the hand.
+PARAMETERS: dict[str, list | range | tuple[float, float] | Text] = {
+    # all notebooks
+    "output_dir": NAME,
+    "drive_dir": NAME_OR_EMPTY,
+    "hub_repo": HUB_REPO,
+    "allow_licences": ANY_TEXT,
+    "engine": ENGINES,
+    "model": NAME_OR_EMPTY,
+    "qa_data": NAME,
+    "train_data": NAME_OR_EMPTY,
+    "max_seq_length": range(16, 2**20),
+    # 01_quantize
+    "base_model": NAME,
+    "base_revision": NAME_OR_EMPTY,
+    "quant_type": ["nf4", "fp4"],
+    "double_quant": [True, False],
+    # 02_filter_magpie
+    "dataset": NAME,
+    "dataset_revision": NAME_OR_EMPTY,
+    "max_rows": range(MANY),
+    "rules": NAME,
+    # 03_sft
+    "r": range(1, 4097),
+    "lora_alpha": (1e-3, 65_536),
+    "learning_rate": (1e-9, 0.1),
+    "num_train_epochs": (1e-3, 1_000),
+    "per_device_train_batch_size": range(1, 4097),
+    "gradient_accumulation_steps": range(1, 65_537),
+    "warmup_steps": range(MANY),
+    "loss_on": ["text", "answer"],
+    "neftune_noise_alpha": (0, 1_000),
+    "save_steps": range(1, MANY),
+    "logging_steps": range(1, MANY),
+    "max_steps": range(MANY),
+    "seed": range(2**32),
+    "wandb_project": PROJECT,
+    # 04_rag_inference
+    "adapter": NAME_OR_EMPTY,
+    "tasks": NAME,
+    "retriever": NAME,
+    "k": range(10_001),
+    "query_max_tokens": range(8, 8193),
+    "max_new_tokens": range(1, 2**20),
+    "repetition_penalty": (1, 10),
+    "penalize_prompt": [True, False],
+    "ban_words": [True, False],
+    "prompt_style": ["2024", "training"],
+    "batch_size": range(4097),
+    "time_budget_minutes": (0, 100_000),
+    "judge_base_url": URL,
+    "judge_model": ANY_TEXT,
+}
+
+
+def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
+    """RecipeError if a parameter among `values` is not what PARAMETERS allows; it names all that are wrong.
+
+    Other names are left alone, so a notebook passes its globals(). `section` (of a run file) goes before the names.
+    """
+    wrong = []
+    for name, allowed in PARAMETERS.items():
+        value = values.get(name, ...)
+        if value is ... or _is_allowed(value, allowed):
+            continue
+        words, text = _allowed_words(allowed), "" if value is None else value
+        if not isinstance(value, str) and (isinstance(allowed, Text) or isinstance(allowed[0], str)):
+            words += f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
+        wrong.append(f"{section}{name} must be {words}; it is {value!r}")
+    if wrong:
+        raise RecipeError("; ".join(wrong))
+
+
+def _is_allowed(value: Any, allowed: list | range | tuple[float, float] | Text) -> bool:
+    if isinstance(allowed, Text):
+        return isinstance(value, str) and re.fullmatch(allowed.pattern, value) is not None
+    if isinstance(allowed, tuple):
+        return type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
+    return type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
+
+
+def _allowed_words(allowed: list | range | tuple[float, float] | Text) -> str:
+    if isinstance(allowed, Text):
+        return allowed.words
+    if isinstance(allowed, range):
+        return f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
+    if isinstance(allowed, tuple):
+        return f"a number from {allowed[0]:g} to {allowed[1]:,g}"
+    return " or ".join(repr(choice) for choice in allowed)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -497,23 +624,34 @@ def record_table(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
 
 
+# What licences of models ask to be said with a model that was made from theirs.
+LICENCE_NOTICES = {
+    "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
+    "llama": "Built with Llama.",
+}
+
+
 def model_card(title: str, record: Mapping[str, Any], tags: Iterable[str], facts: Mapping[str, Any]) -> str:
-    """Text of a hub model card (README.md): front matter, `record_table`, the notice that Gemma's terms ask for."""
+    """Text of a hub model card (README.md): front matter with the base model's licence, `record_table`, and the notice
+    that its licence asks for.
+    """
     from huggingface_hub import ModelCardData
 
     sources = origins(record["inputs"])
-    base_model = sources.pop("model")["name"]
+    base = sources.pop("model")
+    licences = base.get("licence", "").split(", ")
     data = ModelCardData(
-        base_model=base_model,
+        base_model=base["name"],
         language="ja",
-        license="gemma",
+        license=licences[0] if len(licences) == 1 else licences,
+        license_name=base.get("licence_name"),
+        license_link=base.get("licence_link"),
         tags=list(tags),
         datasets=[source["name"] for source in sources.values() if source["commit"]] or None,
     )
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}\n"
-        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.\n"
-    )
+    notices = [notice for name, notice in LICENCE_NOTICES.items() if any(known.startswith(name) for known in licences)]
+    text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
+    return "\n".join([text, *notices]) + "\n" * bool(notices)
 
 
 def dataset_card(title: str, record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -530,21 +668,53 @@ def dataset_card(title: str, record: Mapping[str, Any], facts: Mapping[str, Any]
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
 
 
-def parameter_count(config: Mapping[str, Any]) -> int:
-    """Number of weights of a gated decoder (Gemma, Llama, Qwen, Mistral) from the values of its config.json.
+def empty_model(config: Any) -> Any:
+    """The model of a transformers config without its weights: modules, names and shapes, in a moment."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    Matrices only: the norms are less than a thousandth. Tied embeddings are counted once.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it writes into the config
+    model.tie_weights()
+    return model
+
+
+def layer_matrices(model: Any) -> dict[str, Any]:
+    """The linear layers of a model's blocks by their full names: what 4 bit shrinks and what LoRA stands beside."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+
+
+def lora_targets(config: Any) -> list[str]:
+    """The names of all linear layers of a block, fused ones too: `target_modules` of a LoRA adapter.
+
+    Raises RecipeError that lists the matrices to which LoRA cannot be added, such as experts.
     """
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
-    layer = attention + 3 * hidden * config["intermediate_size"]
-    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings", True) else 2)
-    return config["num_hidden_layers"] * layer + embeddings
+    model = empty_model(config)
+    linear = layer_matrices(model)
+    outside = [*linear.values(), model.get_input_embeddings(), model.get_output_embeddings()]
+    reached = {id(module.weight) for module in outside}
+    untrained = {
+        re.sub(r"\.\d+\.", ".*.", name)
+        for name, weight in model.named_parameters()
+        if weight.dim() > 1 and id(weight) not in reached
+    }
+    if untrained:
+        raise RecipeError(
+            f"{config.model_type}: LoRA does not reach {', '.join(sorted(untrained))}, which would stay untrained "
+            "without a word; choose a model of another kind"
+        )
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
-def check_gpu(config: Mapping[str, Any], gpu: bool, limit: float = 1.5e9) -> None:
+def parameter_count(config: Any) -> int:
+    """Number of weights of a model, from its transformers config; tied embeddings count once."""
+    return empty_model(config).num_parameters()
+
+
+def check_gpu(config: Any, gpu: bool, limit: float = 1.5e9) -> None:
     """Raise RecipeError if a model of more than `limit` weights is asked for on a machine without a GPU."""
     if not gpu and (weights := parameter_count(config)) > limit:
         raise RecipeError(
@@ -553,40 +723,45 @@ def check_gpu(config: Mapping[str, Any], gpu: bool, limit: float = 1.5e9) -> Non
         )
 
 
+def cache_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, key heads and head width: how much a model stores of every token that it has read."""
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return config.num_hidden_layers, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def estimate_memory(
-    config: Mapping[str, Any],
+    config: Any,
     *,
+    four_bit: bool,
     r: int = 0,
     batch_size: int = 0,
     length: int = 0,
     slots: int = 0,
     columns: int = 0,
 ) -> dict[str, float]:
-    """GiB of GPU memory that a run will need at its peak, part by part, from the values of the model's config.json.
+    """GiB of GPU memory that a run will need at its peak, part by part, from the model's transformers config.
 
-    Weights: 4 bit if `quantization_config` is there, else 16. A LoRA adapter of rank `r` on all linear layers.
-    Training: rows of `batch_size` texts of `length` tokens each, gradient checkpointing, loss in chunks, float32
-    adapter with 8-bit Adam. Answering: `slots` answers of `columns` tokens.
+    Weights: 16 bit, or 4 bit where that is possible: embeddings and experts stay in 16. A LoRA adapter of rank `r` on
+    all linear layers. Training: rows of `batch_size` texts of `length` tokens each, gradient checkpointing, loss in
+    chunks, float32 adapter with 8-bit Adam. Answering: `slots` answers of `columns` tokens.
     Measured peaks (benchmarks/RESULTS.md) are met within 7 %; with unsloth, which keeps less, it is an upper bound.
     """
-    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    weights = parameter_count(config)
-    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings", True) else 2)
-    bytes_a_weight = 4.127 / 8 if config.get("quantization_config") else 2  # NF4, double quantization
-    # In and out of q and o, k and v, and the three matrices of the MLP.
-    sides = 2 * (hidden + heads * head_dim) + 2 * (hidden + kv_heads * head_dim) + 3 * (hidden + inner)
-    adapter = r * layers * sides
+    model = empty_model(config)
+    linear = layer_matrices(model).values()
+    in_linear = sum(module.weight.numel() for module in linear)
+    bytes_a_weight = 4.127 / 8 if four_bit else 2  # NF4, double quantization
+    adapter = r * sum(module.in_features + module.out_features for module in linear)
     tokens = batch_size * length
+    layers, key_heads, width = cache_shape(config)
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
     gib = {
-        "weights": (weights - embeddings) * bytes_a_weight + 2 * embeddings,
+        "weights": in_linear * bytes_a_weight + 2 * (model.num_parameters() - in_linear),
         # Weights and gradients in float32 and two moments of a byte each; 16 bit and nothing else for answering.
         "adapter": adapter * (10 if tokens else 2),
         # One hidden state a layer is kept; of one layer at a time five tensors of the MLP are alive.
-        "activations": tokens * (2 * layers * hidden + 5 * 2 * inner),
-        "keys and values": 4 * layers * kv_heads * head_dim * slots * columns,
+        "activations": tokens * (2 * layers * config.hidden_size + 5 * 2 * inner),
+        "keys and values": 4 * layers * key_heads * width * slots * columns,
         # Expanded matrices, a chunk of the loss, a prompt's forward pass, CUDA itself: at the size of 27B.
         "working memory": 3 * 2**30,
     }
@@ -1049,18 +1224,41 @@ GEMMA_CHAT_TEMPLATE = (
 def sft_text(instruction: str, response: str, eos_token: str) -> str:
     """One training text: the filled prompt, then `eos_token` so that the model learns where an answer ends.
 
-    As in 2024 a row without a response gets no `eos_token`. The tokenizer adds the one <bos>.
+    As in 2024 a row without a response gets no `eos_token`. The one <bos> is added by `encode`.
     """
     return SFT_PROMPT.format(instruction, response) + (eos_token if response else "")
 
 
-def encode(tokenizer: Any, text: str, **options: Any) -> Any:
-    """What the tokenizer makes of people's text: a control token such as "<eos>" that is written in it stays text.
+class Tokens(NamedTuple):
+    """A text as a model reads it."""
 
-    Without `split_special_tokens` it would become the control token itself and end the text where it stands. The one
-    <bos> in front is added by the tokenizer.
+    ids: list[int]
+    starts: list[int]  # the character at which each token begins; that of <bos> is 0
+
+
+def encode(tokenizer: Any, text: str) -> Tokens:
+    """The tokens of people's text: a control token such as "<eos>" that is written in it stays text.
+
+    Without `split_special_tokens` it would become the control token itself and end the text where it stands. In front
+    comes the one <bos>, if the tokenizer puts one there (that of Qwen has none); what others put at the end does not.
     """
-    return tokenizer(text, split_special_tokens=True, **options)
+    begin = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    options = {"split_special_tokens": True, "add_special_tokens": False, "return_offsets_mapping": True}
+    encoded = tokenizer(text, **options)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    return Tokens(begin + encoded["input_ids"], [0] * len(begin) + starts)
+
+
+def encode_within(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text that follows other text: without the ▁ that some tokenizers put before a first word.
+
+    They are found behind a line end; where that becomes one token with the text, they are those of the text alone.
+    """
+    line_end, after, alone = (
+        tokenizer(part, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        for part in ("\n", "\n" + text, text)
+    )
+    return after[len(line_end) :] if after[: len(line_end)] == line_end else alone
 
 
 def answer_labels(ids: Sequence[int], starts: Sequence[int], prompt_length: int) -> list[int]:
@@ -1111,15 +1309,54 @@ def sample_answers(
     config.use_cache = True
     answers = []
     for question in questions:
-        prompt = encode(tokenizer, sft_text(question, "", ""), return_tensors="pt").to(model.device)
+        prompt = torch.tensor([encode(tokenizer, sft_text(question, "", "")).ids], device=model.device)
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, "max_length": None}
         with torch.no_grad():
-            ids = model.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens, max_length=None)[0]
-        answers.append(tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+        answers.append(tokenizer.decode(ids[prompt.shape[1] :], skip_special_tokens=True).strip())
     config._attn_implementation, config.use_cache = attention, cached
     if engine == "unsloth":
         FastLanguageModel.for_training(model)
     model.train(training)
     return answers
+
+
+def agree(found: Any, expected: Any) -> bool:
+    """Whether two tensors of a model's scores (..., vocabulary) differ by rounding only: on average by less than a
+    tenth of their spread, in float32 by less than a thousandth.
+    """
+    import torch
+
+    limit = 1e-3 if found.dtype == torch.float32 else 0.1
+    return bool((found.float() - expected.float()).abs().mean() < limit * expected.float().std())
+
+
+def train_without_padding(model: Any, texts: Sequence[Sequence[int]]) -> bool:
+    """Give a freshly loaded model `example_attention`, if a row of these `texts` (token ids) scores each as alone.
+
+    Otherwise it keeps eager attention, and a line says why its rows have to be padded.
+    """
+    import torch
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("examples", example_attention)
+    config, problem = model.config.get_text_config(), ""
+    rows = [torch.tensor([ids[:256]], device=model.device) for ids in texts]
+    positions = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
+    try:
+        check_known(config)
+        with torch.no_grad():
+            alone = torch.cat([model(row, use_cache=False).logits for row in rows], dim=1)
+            config._attn_implementation = "examples"
+            together = model(torch.cat(rows, dim=1), position_ids=positions, use_cache=False).logits
+        if not agree(together, alone):
+            problem = "a row without padding gives other scores than its texts alone"
+    except RecipeError as error:
+        problem = str(error)
+    if problem:
+        config._attn_implementation = "eager"
+        print(f"{problem}: texts are padded instead, with transformers' own eager attention")
+    return not problem
 
 
 def noise_as_with_padding(model: Any, alpha: float) -> None:
@@ -1688,50 +1925,76 @@ class Decoding(NamedTuple):
     time_budget: float = 0  # seconds for all answers; 0: no limit
 
 
+def apply_rules(process: Any, history: Any, scores: Any) -> Any:
+    """`scores` (rows, vocabulary) after the rules of `process` for each row's `history` (rows, tokens).
+
+    Where a history holds the number of tokens of the vocabulary, there is none: that is how histories are padded. No
+    real token will do, because the rules would take it for one that was written.
+    """
+    import torch
+
+    return process(history, torch.nn.functional.pad(scores, (0, 1), value=-torch.inf))[:, :-1]
+
+
+def generate_batch(model: Any, rows: Sequence[list[int]], limit: int, decoding: Decoding) -> list[list[int]]:
+    """Answers of at most `limit` tokens to prompts (token ids) with the model's own `generate`, padded on the left."""
+    import torch
+
+    width = max(map(len, rows))
+    padding = torch.tensor([[True] * (width - len(row)) + [False] * len(row) for row in rows], device=model.device)
+    lengths = [limit] * len(rows)  # of the answers
+
+    def process(ids: Any, scores: Any) -> Any:
+        history = ids.clone()
+        history[:, :width][padding] = scores.shape[1]
+        return apply_rules(decoding.process, history[:, 0 if decoding.penalize_prompt else width :], scores)
+
+    def stop(ids: Any, scores: Any) -> Any:
+        stopped, length = decoding.stop(ids[:, width:], scores), ids.shape[1] - width
+        for row in stopped.nonzero().flatten().tolist():
+            lengths[row] = min(lengths[row], length)
+        return stopped
+
+    with torch.inference_mode():
+        written = model.generate(
+            torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device),
+            attention_mask=(~padding).long(),
+            do_sample=False,
+            max_new_tokens=limit,
+            max_length=None,  # unsloth sets one, and generate() would tell of two limits each time
+            eos_token_id=None,  # `stop` alone knows where an answer ends
+            logits_processor=[process],
+            stopping_criteria=[stop],
+        )
+    return [row[:length] for row, length in zip(written[:, width:].tolist(), lengths, strict=True)]
+
+
 def answer_in_batches(
     model: Any, prompts: Sequence[list[int]], room: Callable[[int], int], decoding: Decoding
 ) -> Iterator[tuple[int, list[int]]]:
-    """Like `answer_in_slots`, with the model's own `generate` and batches padded on the left: the way for unsloth.
+    """Like `answer_in_slots`, with the model's own `generate`: for unsloth, and for models that do not fit the slots.
 
     When a batch does not fit into the GPU's memory it is halved, and so are those that follow.
     Raises RecipeError if a single prompt does not fit.
     """
     import torch
 
-    if not prompts:
-        return
-    pad = model.generation_config.pad_token_id or 0
-    model.generation_config.max_length = None  # unsloth sets it, and generate() would tell of two limits each time
     waiting, size = list(range(len(prompts))), decoding.parallel
     while waiting:
         chosen = waiting[:size]
-        rows = [prompts[index] for index in chosen]
-        width = max(map(len, rows))
-        seen = 0 if decoding.penalize_prompt else width
         try:
-            with torch.inference_mode():
-                written = model.generate(
-                    torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device),
-                    attention_mask=torch.tensor(
-                        [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device
-                    ),
-                    do_sample=False,
-                    max_new_tokens=max(map(room, chosen)),
-                    logits_processor=[lambda ids, scores, seen=seen: decoding.process(ids[:, seen:], scores)],
-                    stopping_criteria=[lambda ids, scores, width=width: decoding.stop(ids[:, width:], scores)],
-                )[:, width:].tolist()
+            answers = generate_batch(model, [prompts[i] for i in chosen], max(map(room, chosen)), decoding)
         except torch.OutOfMemoryError:
             if len(chosen) == 1:
                 raise RecipeError(
-                    f"the GPU's memory is too small for a prompt of {width} tokens: lower k or max_seq_length"
+                    f"the GPU's memory is too small for a prompt of {len(prompts[chosen[0]])} tokens: lower k or "
+                    "max_seq_length"
                 ) from None
             torch.cuda.empty_cache()
             size = len(chosen) // 2
             continue
         waiting = waiting[len(chosen) :]
-        for index, tokens in zip(chosen, written, strict=True):
-            while tokens and tokens[-1] == pad:  # generate() pads the rows that stopped early
-                tokens.pop()
+        for index, tokens in zip(chosen, answers, strict=True):
             yield index, tokens[: room(index)]
 
 
@@ -1743,7 +2006,7 @@ def ask(
     The longest prompts come first: what does not fit into the memory shows at once, and no long one is left to the
     end.
     """
-    asked = [(encode(tokenizer, question.prompts[attempt - 1])["input_ids"], question) for question in questions]
+    asked = [(encode(tokenizer, question.prompts[attempt - 1]).ids, question) for question in questions]
     asked.sort(key=lambda pair: len(pair[0]), reverse=True)
     prompts = [prompt for prompt, _ in asked]
     clock.share(len(asked))
@@ -1922,7 +2185,7 @@ def reference_nll(
     from tqdm.auto import tqdm
 
     texts = [
-        (encode(tokenizer, prompt)["input_ids"], encode(tokenizer, reference, add_special_tokens=False)["input_ids"])
+        (encode(tokenizer, prompt).ids, encode_within(tokenizer, reference))
         for prompt, reference in zip(prompts, references, strict=True)
     ]
     rows = [prompt + reference for prompt, reference in texts]
@@ -2218,29 +2481,36 @@ def judge_answers(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-ENGINES = ("unsloth", "transformers")
-
-
-def place_outputs(output_dir: str, drive_dir: str, stage: str) -> str:
+def place_outputs(output_dir: str, drive_dir: str) -> str:
     """The folder to write to: `output_dir`, on Colab below `drive_dir` in the reader's Google Drive, which is mounted.
 
-    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing. The folder
-    is locked for the notebook `stage` until the process ends; RecipeError says who holds the lock.
+    On Colab with an empty `drive_dir` it says what a disconnect costs. Elsewhere `drive_dir` does nothing.
     """
-    output_dir = os.path.expanduser(output_dir)
+    check_output_dir(output_dir)
     try:
         from google.colab import drive
     except ImportError:
-        pass
-    else:
-        if drive_dir:
-            drive.mount("/content/drive")
-            output_dir = str(Path("/content/drive/MyDrive", drive_dir, output_dir))
-        else:
-            print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
-    if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate) the first one locks for all
-        lock_folder(output_dir, stage)
-    return output_dir
+        return output_dir
+    if not drive_dir:
+        print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
+        return output_dir
+    drive.mount("/content/drive")
+    return str(Path("/content/drive/MyDrive", drive_dir, output_dir))
+
+
+# The repository's own folders, besides those that begin with a dot.
+OWN_FOLDERS = ("benchmarks", "data", "docs", "notebooks", "pipelines", "tests")
+
+
+def check_output_dir(output_dir: str) -> None:
+    """RecipeError if `output_dir` is a file, or lies over the files of the repository, which is the current folder."""
+    root, folder = Path.cwd(), Path(output_dir).resolve()
+    first = folder.relative_to(root).parts[0].lower() if root in folder.parents else ""
+    if folder == root or folder in root.parents or first.startswith(".") or first in OWN_FOLDERS:
+        raise RecipeError(f"output_dir {output_dir!r} lies over the repository's own files; take one like outputs/NAME")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise RecipeError(f"output_dir {output_dir!r}: {place} is a file; output_dir must be a folder")
 
 
 _locks: dict[Path, Any] = {}  # held until the process ends
@@ -2249,6 +2519,7 @@ _locks: dict[Path, Any] = {}  # held until the process ends
 def lock_folder(folder: str | Path, stage: str) -> None:
     """Lock `folder` for `stage` until this process ends; RecipeError if another process holds that lock.
 
+    Of several processes (accelerate) the first one locks for all.
     The system gives the lock back when a process is killed; where a file system has none, nothing is locked. A folder
     that cannot be written is a RecipeError, too: better now than after the hours whose result could not be saved.
     """
@@ -2257,7 +2528,7 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     from filelock import FileLock, Timeout
 
     path = Path(folder, f".{stage}.lock").resolve()
-    if path in _locks:
+    if path in _locks or os.environ.get("RANK", "0") != "0":
         return
     lock, holder = FileLock(path), path.with_suffix(".holder")
     me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
@@ -2308,6 +2579,48 @@ def read_config(name: str, revision: str = "", file: str = "config.json") -> dic
 
         path = Path(hf_hub_download(name, file, revision=revision or None))
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+# Models (model_type of config.json) whose attention is what `example_attention` and `SlotDecoder` compute;
+# tests/test_families.py trains and asks each. Others are trained with padding and answer with their own `generate`.
+KNOWN_MODELS = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def check_known(config: Any) -> None:
+    """RecipeError if the attention of a model may be of another kind than those known here."""
+    if config.model_type not in KNOWN_MODELS:
+        raise RecipeError(f"the attention of {config.model_type} models has not been checked here")
+
+
+def text_config(name: str, revision: str = "", max_seq_length: int = 0) -> Any:
+    """The transformers config of a model, read before its weights; of a multimodal Gemma 3 that of its text part.
+
+    Raises RecipeError for a model that is known not to fit the recipe, or that cannot read `max_seq_length` tokens.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    find_model(name, revision)
+    try:
+        whole = AutoConfig.from_pretrained(name, revision=revision or None)
+    except Exception as error:
+        raise RecipeError(f"{name}: its config.json cannot be used ({first_line(error)})") from None
+    config = whole.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    longest = getattr(config, "max_position_embeddings", None) or max_seq_length
+    problem = ""
+    if whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problem = f"{whole.model_type} is not a causal language model"
+    elif config is not whole and config.model_type != "gemma3_text":
+        problem = f"{whole.model_type} reads more than text; of such models only the text part of Gemma 3 is known here"
+    elif kinds or empty_model(config)._is_stateful:
+        problem = f"it has layers that are not attention ({', '.join(sorted(kinds)) or 'with a state of their own'})"
+    elif max_seq_length > longest:
+        problem = f"it reads at most {longest} tokens: lower max_seq_length ({max_seq_length})"
+    if problem:
+        raise RecipeError(f"{name}: {problem}")
+    if config is not whole and hasattr(whole, "quantization_config"):
+        config.quantization_config = whole.quantization_config
+    return config
 
 
 def report_machine(packages: Iterable[str], need: Mapping[str, float], remedy: str) -> None:
@@ -2367,6 +2680,20 @@ def capped_attention(query: Any, key: Any, value: Any, hidden: Any, scaling: flo
     return torch.matmul(weights.view(*grouped.shape[:-1], -1), value).view(query.shape)
 
 
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """RecipeError if a model hands its attention a number or tensor that ours would leave out, such as sinks or a mask.
+
+    What models hand down to every layer and attention does not use is no reason.
+    """
+    import torch
+
+    unused = ("position_ids", "cache_position", "num_items_in_batch", "shift_labels")
+    for name, value in arguments.items():
+        is_switch = value is None or isinstance(value, bool)
+        if name not in unused and not is_switch and (isinstance(value, torch.Tensor) or value):
+            raise RecipeError(f"this model's attention uses {name}, which is not known here")
+
+
 def example_attention(
     module: Any,
     query: Any,
@@ -2377,16 +2704,18 @@ def example_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     position_ids: Any = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Any, None]:
     """Causal `capped_attention` for training rows that hold several examples end to end.
 
     An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. Every example gets its
     own scores, so the work grows with the square of an example's length, not of the row's, and nothing is compiled.
     Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
+    RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
     import torch
 
+    refuse_arguments(others | {"attention_mask": attention_mask})
     tokens = query.shape[2]
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
@@ -2397,6 +2726,60 @@ def example_attention(
         hidden = (distance < 0) | (distance >= (sliding_window or tokens))
         results.append(capped_attention(q, k, v, hidden, scaling, softcap))
     return torch.cat(results, dim=2).transpose(1, 2), None
+
+
+def start_engine(engine: str) -> None:
+    """Import unsloth, if it is the engine, before the libraries that it patches."""
+    if engine == "unsloth":
+        # No usage statistics.
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        # The code that it generates goes into a folder of the user's own: others could write into a shared one.
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled_cache"))
+        # unsloth 2026.10.9 compiles each block; on torch 2.11, which Colab has, the compiler fails at that with an
+        # AssertionError in the first training step.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        import torch._dynamo
+
+        torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
+        import unsloth  # noqa: F401
+
+
+def load_tokenizer(name: str, revision: str = "") -> Any:
+    """The tokenizer of a model folder or hub repository, with what it lacks.
+
+    A pad token that is not the end token: one that the vocabulary reserves, as unsloth chooses too, else <unk>. And if
+    it has no chat template but Gemma's tokens for turns, Gemma's template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(f"{name}: its tokenizer has no end token, so that no answer would ever end")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        spare = [
+            t for t in tokenizer.get_added_vocab() if re.search("pad|reserved|unused|placeholder|control", t, re.I)
+        ]
+        spare.sort(key=lambda token: ("pad" not in token.lower(), tokenizer.convert_tokens_to_ids(token)))
+        tokenizer.pad_token = next(filter(None, [*spare, tokenizer.unk_token, tokenizer.eos_token]))
+    if not tokenizer.chat_template and {"<start_of_turn>", "<end_of_turn>"} <= tokenizer.get_vocab().keys():
+        tokenizer.chat_template = GEMMA_CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_weights(name: str, config: Any, **options: Any) -> Any:
+    """The causal language model with this config (see `text_config`), with transformers.
+
+    Raises RecipeError if tensors are missing, which transformers would fill with random numbers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if config.model_type == "gemma3_text":  # names in the weights of a multimodal Gemma 3
+        options["key_mapping"] = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+    model, info = AutoModelForCausalLM.from_pretrained(name, config=config, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise RecipeError(f"{name}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
+    keep_weights_unpacked(model)
+    return model
 
 
 def keep_weights_unpacked(model: Any) -> None:
@@ -2410,69 +2793,46 @@ def keep_weights_unpacked(model: Any) -> None:
 
 
 def load_model(
-    name: str,
-    engine: str,
-    *,
-    max_seq_length: int,
-    dtype: str = "bfloat16",
-    attention: str = "eager",
-    revision: str = "",
+    name: str, engine: str, *, max_seq_length: int, dtype: str = "bfloat16", revision: str = ""
 ) -> tuple[Any, Any]:
     """Load a causal language model as it is stored (4 bit if it was saved in 4 bit) and its tokenizer.
 
-    `attention` is "eager", because the default of transformers, sdpa, leaves out the softcapping of Gemma 2's scores,
-    or "examples" (see `example_attention`). On a GPU unsloth brings its own attention, with softcapping.
-    Raises RecipeError for an unknown engine, a missing model, a large model without a GPU, and if another model than
-    `name` was loaded.
+    Its attention is eager, because the default of transformers, sdpa, leaves out the softcapping of Gemma 2's scores.
+    On a GPU unsloth brings its own attention, with softcapping. Of the model's own settings for `generate` only the end
+    tokens are kept: a repetition penalty there would be applied on top of the recipe's.
+    Raises RecipeError for a missing model, one that does not fit (see `text_config`), a large one without a GPU, and if
+    another model than `name` was loaded.
     """
-    if engine not in ENGINES:
-        raise RecipeError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-    find_model(name, revision)
-    if engine == "unsloth":
-        # unsloth patches the libraries at import, so it comes before them; no usage statistics.
-        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        # The code that it generates goes into a folder of the user's own: others could write into a shared one.
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled_cache"))
-        # unsloth 2026.10.9 compiles each block; on torch 2.11, which Colab has, the compiler fails at that with an
-        # AssertionError in the first training step.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        import torch._dynamo
-
-        torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
-        import unsloth
+    start_engine(engine)
     import torch
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import GenerationConfig
 
-    AttentionInterface.register("examples", example_attention)
-    config = AutoConfig.from_pretrained(name, revision=revision or None)
+    config = text_config(name, revision, max_seq_length)
     gpu = torch.cuda.is_available()
-    check_gpu(config.to_dict(), gpu)
-    if not gpu and parameter_count(config.to_dict()) < 1e7:
+    check_gpu(config, gpu)
+    if not gpu and parameter_count(config) < 1e7:
         torch.set_num_threads(1)  # the tiny models' matrices are too small to share: a second thread only waits
-    quantized = getattr(config, "quantization_config", None) is not None
+    tokenizer = load_tokenizer(name, revision)
     options = {"dtype": getattr(torch, dtype), "revision": revision or None}
     if engine != "unsloth" or not gpu:
-        options["attn_implementation"] = attention
+        options["attn_implementation"] = "eager"
     if engine == "unsloth":
-        model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-            name,
-            max_seq_length=max_seq_length,
-            load_in_4bit=quantized,
-            use_exact_model_name=True,
-            **options,
+        from unsloth import FastLanguageModel
+
+        options["load_in_4bit"] = getattr(config, "quantization_config", None) is not None
+        model, _ = FastLanguageModel.from_pretrained(
+            name, max_seq_length=max_seq_length, use_exact_model_name=True, **options
         )
+        keep_weights_unpacked(model)
     else:
         device = os.environ.get("LOCAL_RANK")  # set by `accelerate launch`: one process a GPU, the whole model on each
         device_map = "cpu" if not gpu else {"": int(device)} if device else "auto"
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, device_map=device_map, output_loading_info=True, **options
-        )
-        if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
-            raise RecipeError(f"{name}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
-    keep_weights_unpacked(model)
+        model = load_weights(name, config, device_map=device_map, **options)
     if model.config._name_or_path != name:
         raise RecipeError(f"{engine} loaded {model.config._name_or_path} instead of {name}")
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
     return model, tokenizer
 
 
@@ -2601,18 +2961,21 @@ def slot_attention(
     scaling: float,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    slot_decoder: Any = None,
+    **others: Any,
 ) -> tuple[Any, None]:
-    """`capped_attention` for `SlotDecoder`; returns (rows, tokens, heads, width).
+    """`capped_attention` for a `SlotDecoder`; returns (rows, tokens, heads, width).
 
-    One new token per row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width),
-    attention_mask (rows, 1, 1, columns), true where a column may be seen.
-    One prompt: query (1, heads, tokens, width), key and value (1, key heads, tokens, width), attention_mask None.
+    One new token per row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width).
+    One prompt: query (1, heads, tokens, width), key and value (1, key heads, tokens, width).
+    RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
     import torch
 
-    if attention_mask is not None:
-        return capped_attention(query, key, value, ~attention_mask, scaling, softcap).transpose(1, 2), None
+    refuse_arguments(others | {"attention_mask": attention_mask})
+    if slot_decoder.slot is None:
+        hidden = slot_decoder.hidden(sliding_window)
+        return capped_attention(query, key, value, hidden, scaling, softcap).transpose(1, 2), None
     tokens = query.shape[2]
     window = sliding_window or tokens
     position = torch.arange(tokens, device=query.device)
@@ -2628,7 +2991,7 @@ def slot_attention(
 
 
 class SlotDecoder:
-    """A Gemma 2 model (with or without an adapter) that decodes several answers together, one slot (row) each.
+    """A known model (with or without an adapter) that decodes several answers together, one slot (row) each.
 
     Keys and values lie in a ring of columns; every decoding step writes one column of all slots. The order of columns
     does not matter to attention, because positions are rotated into the keys before they are stored; `positions`
@@ -2647,11 +3010,12 @@ class SlotDecoder:
         AttentionInterface.register("slots", slot_attention)
         self.model, self.device = model, model.device
         self.config = model.config.get_text_config()
+        check_known(self.config)
         self.own_attention, self.config._attn_implementation = self.config._attn_implementation, "slots"
-        shape = (slots, self.config.num_key_value_heads, columns, self.config.head_dim)
-        layers = range(self.config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in layers]
+        layers, key_heads, width = cache_shape(self.config)
+        shape = (slots, key_heads, columns, width)
+        self.keys = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(layers)]
         # A recorded step reads and writes these tensors, so they keep their place.
         self.positions = torch.full((slots, columns), -1, device=self.device)
         self.column = torch.zeros(1, dtype=torch.long, device=self.device)  # the next one to be written
@@ -2673,8 +3037,7 @@ class SlotDecoder:
         self.positions[slot] = -1
         self.positions[slot, columns] = positions
         self.token_positions[slot] = len(prompt)
-        tokens = torch.tensor([prompt], device=self.device)
-        return self._forward(tokens, positions[None], slot, columns, None, None)
+        return self._forward(torch.tensor([prompt], device=self.device), positions[None], slot, columns)
 
     def decode(self, tokens: Any) -> Any:
         """Append one token per slot (slots,); returns the scores of the next ones (slots, vocabulary)."""
@@ -2689,12 +3052,19 @@ class SlotDecoder:
         self.column.add_(1).remainder_(self.positions.shape[1])
         return self.logits
 
+    def hidden(self, window: int | None) -> Any:
+        """True where the new token of a slot does not see a column, for layers with this window (None: all is seen)."""
+        if window not in self.masks:
+            unseen = self.positions < 0
+            if window is not None:
+                unseen = unseen | (self.positions <= self.token_positions - window)
+            self.masks[window] = unseen[:, None, None]
+        return self.masks[window]
+
     def _step(self) -> Any:
         self.positions.index_copy_(1, self.column, self.token_positions)
-        seen = self.positions >= 0
-        near = seen & (self.positions > self.token_positions - self.config.sliding_window)
-        masks = seen[:, None, None], near[:, None, None]
-        return self._forward(self.tokens, self.token_positions, None, self.column, *masks)
+        self.masks: dict[int | None, Any] = {}
+        return self._forward(self.tokens, self.token_positions, None, self.column)
 
     def _record(self) -> None:
         import torch
@@ -2708,19 +3078,19 @@ class SlotDecoder:
         with torch.cuda.graph(self.graph):
             self.logits = self._step()
 
-    def _forward(self, tokens: Any, positions: Any, slot: int | None, columns: Any, full: Any, sliding: Any) -> Any:
-        """Run the model over new tokens of one slot or (None) of all, with the masks of both kinds of layers."""
+    def _forward(self, tokens: Any, positions: Any, slot: int | None, columns: Any) -> Any:
+        """Run the model over new tokens of one slot or (None) of all; both arguments reach `slot_attention`."""
         import torch
 
         self.slot, self.columns = slot, columns
         with torch.no_grad():
             return self.model(
                 input_ids=tokens,
-                attention_mask={"full_attention": full, "sliding_attention": sliding},
                 position_ids=positions,
                 past_key_values=self,
                 use_cache=True,
                 logits_to_keep=1,
+                slot_decoder=self,
             ).logits[:, -1]
 
     def update(self, key: Any, value: Any, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
@@ -2729,6 +3099,32 @@ class SlotDecoder:
         self.keys[layer][rows].index_copy_(2, self.columns, key)
         self.values[layer][rows].index_copy_(2, self.columns, value)
         return (self.keys[layer], self.values[layer]) if self.slot is None else (key, value)
+
+
+def slots_agree(model: Any, prompt: Sequence[int], steps: int = 4) -> bool:
+    """Whether a `SlotDecoder` gives the model's own scores for the last `steps` tokens of a prompt.
+
+    If not, a line says why. Long prompts are cut to 1,024 tokens: eager attention holds the scores of all pairs.
+    """
+    import torch
+
+    ids = torch.tensor([prompt[:1024]], device=model.device)
+    decoder = None
+    try:
+        with torch.no_grad():
+            expected = model(ids, use_cache=False, logits_to_keep=steps + 1).logits[0]
+        decoder = SlotDecoder(model, 1, ids.shape[1])
+        found = [decoder.read_prompt(0, ids[0, :-steps].tolist()).clone()]
+        found += [decoder.decode(token[None]).clone() for token in ids[0, -steps:]]
+        problem = "" if agree(torch.cat(found), expected) else "slots give other scores than the model alone"
+    except RecipeError as error:
+        problem = str(error)
+    finally:
+        if decoder:
+            decoder.close()
+    if problem:
+        print(f"{problem}: the model answers with its own generate(), in batches")
+    return not problem
 
 
 def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) -> int:
@@ -2740,8 +3136,8 @@ def slots_that_fit(model: Any, columns: int, wanted: int, reserve: float = 3.0) 
 
     if model.device.type != "cuda":
         return wanted
-    config = model.config.get_text_config()
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * columns * model.dtype.itemsize
+    layers, key_heads, width = cache_shape(model.config.get_text_config())
+    slot = 2 * layers * key_heads * width * columns * model.dtype.itemsize
     torch.cuda.empty_cache()
     for slots in range(wanted, 1, -1):
         try:
@@ -2759,15 +3155,16 @@ def answer_in_slots(
     """Greedy answers to `prompts` (token ids), yielded as (index, new token ids) in the order in which they finish.
 
     `room(index)` is how many tokens that answer may have. It is asked after every token; it may fall while the run goes
-    on, but not rise. The rules of `decoding` see (rows, history) token ids, padded on the left, of the new tokens alone
-    or, with `penalize_prompt`, of prompt and new tokens. The token that stopped an answer is part of it.
+    on, but not rise. The rules of `decoding` see (rows, history) token ids, padded on the left (see `apply_rules`), of
+    the new tokens alone or, with `penalize_prompt`, of prompt and new tokens. The token that stopped an answer is part
+    of it.
     """
     import torch
 
     if not prompts:
         return
     slots = min(decoding.parallel, len(prompts))
-    pad = model.generation_config.pad_token_id or 0
+    pad = model.config.get_text_config().vocab_size
     columns = max(len(prompt) + room(index) for index, prompt in enumerate(prompts))
     history = torch.full((slots, columns), pad, device=model.device)
     tokens = torch.zeros(slots, dtype=torch.long, device=model.device)
@@ -2784,10 +3181,10 @@ def answer_in_slots(
                 if decoding.penalize_prompt:
                     history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
                 scores = decoder.read_prompt(slot, prompts[index])
-                tokens[slot] = decoding.process(history[slot : slot + 1], scores.float()).argmax(-1)[0]
+                tokens[slot] = apply_rules(decoding.process, history[slot : slot + 1], scores.float()).argmax(-1)[0]
             if not changed:  # no slot or no prompt is free: all running answers get one more token
                 changed = list(running)
-                tokens = decoding.process(history, decoder.decode(tokens).float()).argmax(-1)
+                tokens = apply_rules(decoding.process, history, decoder.decode(tokens).float()).argmax(-1)
             history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
             stopped = decoding.stop(history, None).tolist()
             for slot, token in zip(changed, tokens[changed].tolist(), strict=True):

@@ -11,9 +11,7 @@ import nbformat
 import yaml
 
 from compare import one_line
-from helpers import RecipeError
-
-OWN_FOLDERS = ("benchmarks", "data", "docs", "notebooks", "pipelines", "tests")  # and those that begin with a dot
+from helpers import RecipeError, check_output_dir, check_parameters
 
 
 class RunFile(yaml.SafeLoader):
@@ -34,18 +32,11 @@ def read_notebook(path: Path) -> tuple[str, dict]:
     return hashlib.sha256("\n".join(cell.source for cell in cells).encode()).hexdigest(), values
 
 
-def typed(key: str, value: object, default: object) -> object:
-    """`value` if its type fits the default's (YAML reads 2e-4 as text: it becomes the number), else RecipeError."""
-    if isinstance(default, float) and re.fullmatch(r"-?\d+e[+-]?\d+", str(value)):
-        value = float(value)
-    if isinstance(value, str) and value.startswith("~/"):
-        value = os.path.expanduser(value)
-    if type(value) is type(default) or {type(value), type(default)} == {int, float}:
-        return value
-    if isinstance(default, str):
-        quoted = "" if value is None else value
-        raise RecipeError(f'{key} is text, not {value!r}: put it in quotes, `{key.partition(".")[2]}: "{quoted}"`')
-    raise RecipeError(f"{key} must be {type(default).__name__} like {default!r}, not {value!r}")
+def meant(value: object, default: object) -> object:
+    """`value`, as a number where YAML reads 2e-4 as text, and with the home folder for a `~` in front."""
+    if isinstance(default, int | float) and re.fullmatch(r"-?\d+e[+-]?\d+", str(value)):
+        return float(value)
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def number(text: str) -> object:
@@ -81,18 +72,8 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
     for key in wanted.keys() - defaults.keys():
         close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
         raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
-    values = {key: typed(key, wanted.get(key, default), default) for key, default in defaults.items()}
-    for name in notebooks:
+    values = {key: meant(wanted.get(key, default), default) for key, default in defaults.items()}
+    for name, (_, parameters) in notebooks.items():
+        check_parameters({key: values[f"{name}.{key}"] for key in parameters}, section=f"{name}.")
         check_output_dir(values[f"{name}.output_dir"])
     return values
-
-
-def check_output_dir(output_dir: str) -> None:
-    """RecipeError if `output_dir` is a file, or lies over the repository's own files."""
-    root, folder = Path.cwd(), Path(output_dir).resolve()
-    first = folder.relative_to(root).parts[0].lower() if root in folder.parents else ""
-    if folder == root or folder in root.parents or first.startswith(".") or first in OWN_FOLDERS:
-        raise RecipeError(f"output_dir {output_dir!r} lies over the repository's own files; take one like outputs/NAME")
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise RecipeError(f"output_dir {output_dir!r}: {place} is a file; output_dir must be a folder")

@@ -11,7 +11,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from helpers import Decoding, answer_in_slots, example_attention
+from helpers import Decoding, RecipeError, answer_in_slots, example_attention, refuse_arguments
 
 LENGTHS = [50, 9, 70, 33]
 
@@ -54,6 +54,24 @@ def test_examples_end_to_end_do_not_see_each_other(model):
     row.logsumexp(-1).sum().backward()
     torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"s_aux": torch.ones(4)},
+        {"attention_mask": {"full_attention": None, "sliding_attention": None}},
+        {"attention_mask": torch.zeros(1, 1, 3, 3)},
+        {"dropout": 0.1},
+    ],
+)
+def test_attention_refuses_what_it_does_not_know(arguments):
+    """Sinks, masks of the model's own, dropout: left out in silence, they would give other answers."""
+    (name,) = arguments
+    with pytest.raises(RecipeError, match=f"attention uses {name}, which is not known here"):
+        refuse_arguments(arguments)
+    harmless = {"dropout": 0.0, "use_cache": False, "return_dict": True, "num_items_in_batch": torch.tensor(7)}
+    refuse_arguments(harmless | {"attention_mask": None})
 
 
 @pytest.mark.parametrize("slots", [1, 3, 6])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 from transformers.generation import EosTokenCriteria, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import helpers
-from helpers import RecipeError, answer_in_batches, answer_in_slots
+from helpers import RecipeError, answer_in_batches, answer_in_slots, apply_rules
 
 TASKS = [task["input"] for task in helpers.read_tasks("data/sample/tasks.jsonl")][:6]
 LONGEST = [40, 3, 17, 1, 30, 25]
@@ -57,7 +57,7 @@ def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
             torch.tensor([prompt]),
             do_sample=False,
             max_new_tokens=limit,
-            logits_processor=[lambda ids, scores, seen=seen: process(ids[:, seen:], scores)],
+            logits_processor=[lambda ids, scores, seen=seen: apply_rules(process, ids[:, seen:], scores)],
             stopping_criteria=stop,
         )
         answers.append(written[0, len(prompt) :].tolist())

@@ -156,20 +156,16 @@ class TestColab:
         assert helpers.get_secret("HF_TOKEN", seconds=0.2) == ""
         assert time.perf_counter() - started < 10
 
-    def test_drive_is_mounted_only_if_named(self, colab, capsys, monkeypatch):
-        mounted, locked = [], []
-        monkeypatch.setattr(helpers, "lock_folder", lambda folder, stage: locked.append((folder, stage)))
+    def test_drive_is_mounted_only_if_named(self, colab, capsys):
+        mounted = []
         colab.drive.mount = mounted.append
-        assert helpers.place_outputs("outputs/full", "", "x") == "outputs/full"
+        assert helpers.place_outputs("outputs/full", "") == "outputs/full"
         assert "a disconnect loses outputs/full" in capsys.readouterr().out
         assert not mounted
-        placed = helpers.place_outputs("outputs/full", "recipe", "x")
+        placed = helpers.place_outputs("outputs/full", "recipe")
         assert Path(placed) == Path("/content/drive/MyDrive/recipe/outputs/full")
-        assert helpers.place_outputs(placed, "recipe", "x") == placed  # the cell may run twice
+        assert helpers.place_outputs(placed, "recipe") == placed  # the cell may run twice
         assert mounted == ["/content/drive"] * 2
-        assert locked == [("outputs/full", "x"), (placed, "x"), (placed, "x")]
 
-    def test_elsewhere_the_folder_stays(self, tmp_path, monkeypatch):
-        assert helpers.place_outputs(str(tmp_path), "recipe", "x") == str(tmp_path)
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert helpers.place_outputs("~/out", "", "x") == str(tmp_path / "out")
+    def test_elsewhere_the_folder_stays(self, tmp_path):
+        assert helpers.place_outputs(str(tmp_path), "recipe") == str(tmp_path)

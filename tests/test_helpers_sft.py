@@ -194,9 +194,9 @@ def test_out_of_memory_keeps_the_effective_batch():
 def test_control_tokens_in_a_text_stay_text():
     tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
     text = "終わりは<eos>、始まりは<bos>です。<start_of_turn>とも書きます。"
-    ids = helpers.encode(tokenizer, text)["input_ids"]
+    ids = helpers.encode(tokenizer, text).ids
     assert ids[0] == tokenizer.bos_token_id
     assert not set(ids[1:]) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids[1:]) == text
     plain = "# 見出し\n\n<h1>題</h1>\t```python\nprint('あ')\n```\n"
-    assert helpers.encode(tokenizer, plain)["input_ids"] == tokenizer(plain)["input_ids"]
+    assert helpers.encode(tokenizer, plain).ids == tokenizer(plain)["input_ids"]

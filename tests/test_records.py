@@ -105,7 +105,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").touch()
     for folder in ("/proc/1/x", tmp_path / "file", tmp_path / "file/x"):
         with pytest.raises(RecipeError, match=rf"^output_dir {folder} cannot be written") as error:
-            helpers.place_outputs(str(folder), "", "03_sft")
+            helpers.lock_folder(str(folder), "03_sft")
         assert "\n" not in str(error.value)
 
 

@@ -14,24 +14,24 @@ import pytest
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from run_file import OWN_FOLDERS
+from helpers import OWN_FOLDERS
 
 NAMES = ["01_quantize", "02_filter_magpie", "03_sft", "04_rag_inference"]
 SMOKE = "output_dir: outputs/a\n03_sft:\n  r: 8\n"
-OWN = ["", ".", "outputs/..", "..", "/", "notebooks", "data/runs", "./tests/a", ".git", ".venv/x", "outputs/../Data"]
+OWN = [".", "outputs/..", "..", "/", "notebooks", "data/runs", "./tests/a", ".git", ".venv/x", "outputs/../Data"]
 # Every notebook appends its name and its parameters to a log, so that order and values can be read back.
 STEP = """
 import json, os, sys
 os.makedirs(output_dir, exist_ok=True)
 with open("log.jsonl", "a") as file:
-    names = ("r", "lr", "style", "ban", "output_dir")
+    names = ("r", "learning_rate", "prompt_style", "ban_words", "allow_licences", "output_dir")
     row = {"name": NAME, "exe": sys.executable} | {name: globals().get(name) for name in names}
     print(json.dumps(row), file=file)
 """
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
 PARAMETERS = {
-    "03_sft": "r = 64  # rank = 64 in 2024\nlr = 1e-4\nname = 'x'\nrules = 'rules.json'",
-    "04_rag_inference": "seed = 1\nstyle = '2024'\nban = True",
+    "03_sft": "r = 64  # rank = 64 in 2024\nlearning_rate = 1e-4\nallow_licences = 'x'\nrules = 'rules.json'",
+    "04_rag_inference": "seed = 1\nprompt_style = '2024'\nban_words = True",
 }
 
 
@@ -93,7 +93,7 @@ def ran(folder: Path, *arguments: str) -> list[str]:
 def test_all_four_run_in_order_with_the_run_files_values_and_this_interpreter(finished: Path) -> None:
     rows = log(finished)
     assert [row["name"] for row in rows] == NAMES
-    assert rows[2]["r"] == 8 and rows[2]["lr"] == 1e-4
+    assert rows[2]["r"] == 8 and rows[2]["learning_rate"] == 1e-4
     assert {os.path.realpath(row["exe"]) for row in rows} == {os.path.realpath(sys.executable)}
     assert sorted(path.stem for path in (finished / "outputs/a/notebooks").iterdir()) == NAMES
 
@@ -181,9 +181,9 @@ def test_a_product_that_was_changed_or_deleted_is_made_again(folder: Path, chang
 
 def test_dry_run_prints_the_differing_values_and_runs_nothing(folder: Path) -> None:
     before = (folder / "outputs/a/run.json").read_text()
-    result = run(folder, "smoke.yaml", "--set", "lr=2e-4", "--dry-run")
-    assert "03_sft: run, changed: lr\n" in result.stdout
-    assert "    r=8\n    lr=0.0002\n" in result.stdout
+    result = run(folder, "smoke.yaml", "--set", "learning_rate=2e-4", "--dry-run")
+    assert "03_sft: run, changed: learning_rate\n" in result.stdout
+    assert "    r=8\n    learning_rate=0.0002\n" in result.stdout
     assert (folder / "outputs/a/run.json").read_text() == before and len(log(folder)) == 4
 
 
@@ -193,7 +193,7 @@ def test_dry_run_prints_the_differing_values_and_runs_nothing(folder: Path) -> N
         ("output_dir: outputs/a\n03_sft: {rr: 8}\n", [], "'03_sft.rr'; did you mean 03_sft.r"),
         ("output_dir: outputs/a\n03_stf: {r: 8}\n", [], "'03_stf.r'; did you mean 03_sft.r"),
         (SMOKE, ["--set", "lora=8"], "unknown 'lora'"),
-        (SMOKE, ["--set", "r=many"], "03_sft.r must be int like 64, not 'many'"),
+        (SMOKE, ["--set", "r=many"], "03_sft.r must be a whole number from 1 to 4,096; it is 'many'"),
         ("03_sft: {r: 8}\n", [], "output_dir"),
         ("output_dir: [\n", [], "smoke.yaml"),
         (SMOKE, ["other.yaml"], "the same output_dir"),
@@ -205,18 +205,23 @@ def test_dry_run_prints_the_differing_values_and_runs_nothing(folder: Path) -> N
         ("output_dir: outputs/a\n03_sft: [r]\n", [], "smoke.yaml: 03_sft must be a section"),
         ("# 日本語\noutput_dir: outputs/a\n".encode("cp932"), [], "smoke.yaml: cannot be read as YAML in UTF-8"),
         ("[" * 10_000, [], "smoke.yaml: cannot be read as YAML in UTF-8"),
-        (SMOKE + "04_rag_inference: {}\n03_sft:\n  lr: 2.0e-4\n", [], "'03_sft' is there twice (line 5)"),
+        (SMOKE + "04_rag_inference: {}\n03_sft:\n  learning_rate: 2.0e-4\n", [], "'03_sft' is there twice (line 5)"),
         (SMOKE + "  r: 16\n", [], "'r' is there twice (line 4)"),
-        (SMOKE + "04_rag_inference:\n  style: 2024\n", [], 'put it in quotes, `style: "2024"`'),
-        (SMOKE + "04_rag_inference:\n  style:\n", [], 'put it in quotes, `style: ""`'),
-        (SMOKE + "04_rag_inference:\n  ban: 1\n", [], "04_rag_inference.ban must be bool like True, not 1"),
-        (SMOKE + "  name: 2024-99-99\n", [], "smoke.yaml: cannot be read as YAML in UTF-8"),
-        (SMOKE + "  name: 2024-12-01\n", [], 'put it in quotes, `name: "2024-12-01"`'),
-        (SMOKE, ["--set", "r=2024-99-99"], "03_sft.r must be int like 64, not '2024-99-99'"),
+        (SMOKE + "04_rag_inference:\n  prompt_style: 2024\n", [], '`prompt_style: "2024"`'),
+        (SMOKE + "04_rag_inference:\n  prompt_style:\n", [], '`prompt_style: ""`'),
+        (
+            SMOKE + "04_rag_inference:\n  ban_words: 1\n",
+            [],
+            "ban_words must be True or False; it is 1",
+        ),
+        (SMOKE + "  allow_licences: 2024-99-99\n", [], "smoke.yaml: cannot be read as YAML in UTF-8"),
+        (SMOKE + "  allow_licences: 2024-12-01\n", [], '`allow_licences: "2024-12-01"`'),
+        (SMOKE, ["--set", "r=2024-99-99"], "03_sft.r must be a whole number from 1 to 4,096; it is '2024-99-99'"),
         (SMOKE, ["--set", "r"], "--set r: want NAME=VALUE"),
-        (SMOKE, ["--set", "r="], "03_sft.r must be int like 64, not None"),
-        (SMOKE, ["--set", "r=["], "03_sft.r must be int like 64, not '['"),
+        (SMOKE, ["--set", "r="], "03_sft.r must be a whole number from 1 to 4,096; it is None"),
+        (SMOKE, ["--set", "r=["], "03_sft.r must be a whole number from 1 to 4,096; it is '['"),
         (SMOKE, ["--from", "03", "--only", "02"], "--from 03 --only 02 would run nothing"),
+        (SMOKE, ["--set", "output_dir="], "01_quantize.output_dir must be the name of a file, a folder"),
         (SMOKE, ["--set", "output_dir=rules.json"], "rules.json is a file; output_dir must be a folder"),
         (SMOKE, ["--set", "output_dir=rules.json/a"], "rules.json is a file; output_dir must be a folder"),
         *((SMOKE, ["--set", f"output_dir={folder}"], "lies over the repository's own files") for folder in OWN),
@@ -236,14 +241,20 @@ def test_a_mistake_is_one_clear_line_before_anything_runs(
 
 def test_text_is_taken_as_it_is_and_other_values_as_in_a_run_file(folder: Path) -> None:
     """What YAML would read as nothing, a number, a comment, a list or a key stays text where the default is text."""
-    sets = {"style": "2024", "03_sft.name": "", "output_dir": "outputs/run #2", "ban": "false", "lr": "2e-4", "r": "16"}
+    sets = {"prompt_style": "2024", "03_sft.allow_licences": "", "output_dir": "outputs/run #2", "ban_words": "false"}
+    sets |= {"learning_rate": "2e-4", "r": "16"}
     ran(folder, "smoke.yaml", *(word for key, value in sets.items() for word in ("--set", f"{key}={value}")))
     third, fourth = log(folder)[-2:]
-    assert (third["r"], third["lr"], fourth["style"], fourth["ban"]) == (16, 2e-4, "2024", False)
+    assert (third["r"], third["learning_rate"], fourth["prompt_style"], fourth["ban_words"]) == (
+        16,
+        2e-4,
+        "2024",
+        False,
+    )
     assert third["output_dir"] == "outputs/run #2" and (folder / "outputs/run #2/run.json").is_file()
     for value in ("", "null", "[a]", "a: b", " x", "1e3", "true", "'quoted'", "a=b"):
-        plan = run(folder, "smoke.yaml", "--set", f"style={value}", "--dry-run").stdout
-        assert f"    style={value!r}\n" in plan
+        plan = run(folder, "smoke.yaml", "--set", f"allow_licences={value}", "--dry-run").stdout
+        assert f"    allow_licences={value!r}\n" in plan
 
 
 def test_home_is_expanded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from site import getsitepackages
 
 import nbformat
 import papermill
@@ -89,8 +90,11 @@ def make_wheel(folder: Path, name: str, version: str) -> Path:
 def test_an_environment_without_the_pins_gets_them_and_keeps_its_torch(tmp_path):
     """With real pip, from wheels made here: one package is missing, one is old, one goes; torch stays."""
     versions = {"torch": "2.9", "transformers": "1.0", "torchao": "0.10.0"}
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "env"], check=True)
+    # The packages of this interpreter behind its own: an environment made from an environment would not see them.
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env/bin/python"
+    (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    (site / "behind.pth").write_text("\n".join(getsitepackages()))
     wheels = [make_wheel(tmp_path, name, version) for name, version in versions.items()]
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", "--no-index"]
     subprocess.run([*pip, *wheels], check=True)
@@ -134,7 +138,7 @@ def repository(tmp_path):
 
 def set_up_output(path: Path) -> str:
     (cell,) = [cell for cell in nbformat.read(path, 4).cells if cell.id == "setup"]
-    return "".join(output.text for output in cell.outputs)
+    return "".join(output.get("text", "") for output in cell.outputs)
 
 
 def test_notebook_alone_in_an_empty_folder(repository, tmp_path, monkeypatch):
@@ -153,13 +157,60 @@ def test_notebook_alone_in_an_empty_folder(repository, tmp_path, monkeypatch):
         assert report["rows_in"] == 195
 
 
+@pytest.mark.parametrize(
+    ("notebook", "values", "missing"),
+    [
+        ("03_sft", {}, ("outputs/try/quantized", "notebook 1", "model")),
+        ("03_sft", {"model": "me/base"}, ("outputs/try/filtered_magpie.jsonl", "notebook 2", "train_data")),
+        ("04_rag_inference", {}, ("outputs/try/quantized", "notebook 1", "model")),
+        ("04_rag_inference", {"model": "me/base"}, ("outputs/try/adapter", "notebook 3", "adapter")),
+    ],
+)
+def test_a_notebook_alone_says_what_is_missing_before_it_installs_anything(
+    notebook, values, missing, repository, tmp_path, monkeypatch
+):
+    """As a badge opens it: an empty folder, and no output of the notebooks before."""
+    path, number, parameter = missing
+    alone = tmp_path / "content"
+    alone.mkdir()
+    monkeypatch.setenv("RECIPE_REPOSITORY", repository)
+    with pytest.raises(papermill.PapermillExecutionError) as raised:
+        papermill.execute_notebook(
+            ROOT / f"notebooks/{notebook}.ipynb",
+            tmp_path / "out.ipynb",
+            {"output_dir": "outputs/try"} | values,
+            progress_bar=False,
+            cwd=str(alone),
+        )
+    assert raised.value.exec_count == 3 and "\n" not in raised.value.evalue
+    assert raised.value.evalue.startswith(f"{path} is not here. Run {number} with the same output_dir first")
+    assert f"or set {parameter} to the hub repository that {number} pushed to" in raised.value.evalue
+    assert "set-up: installing" not in set_up_output(tmp_path / "out.ipynb")
+
+
+def test_the_competition_s_tasks_are_asked_for_by_name_and_found_beside_the_notebook(tmp_path, monkeypatch, capsys):
+    values = {"model": "me/base", "adapter": "none", "tasks": "elyza-tasks-100-TV_0.jsonl", "train_data": ""}
+    monkeypatch.chdir(ROOT)
+    assert "elyza/ELYZA-tasks-100" in colab_setup.missing_input(values, "outputs/try")
+    monkeypatch.setattr(colab_setup, "START", tmp_path)
+    (tmp_path / "elyza-tasks-100-TV_0.jsonl").write_text('{"input": "q"}\n')
+    colab_setup.find_beside_notebook(values)
+    assert Path(values["tasks"]).samefile(tmp_path / "elyza-tasks-100-TV_0.jsonl")
+    assert capsys.readouterr().out == f"tasks: {values['tasks']}\n"
+    assert colab_setup.missing_input(values, "outputs/try") == ""
+    before = dict(values)
+    colab_setup.find_beside_notebook(values)  # the cell may run twice
+    assert values == before
+
+
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_set_up_does_nothing_inside_the_repository(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPE_REPOSITORY", "file:///nowhere")
     content = nbformat.read(notebook, 4)
-    content.cells = [cell for cell in content.cells if cell.id == "setup"]
+    content.cells = [cell for cell in content.cells if cell.id in ("parameters", "setup")]
+    content.cells[0].source += f"\nmodel = adapter = tasks = train_data = output_dir = {str(tmp_path)!r}"
     NotebookClient(content, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    assert not content.cells[0].outputs
+    assert not content.cells[1].outputs
 
 
 def test_placeholder_address_is_named(tmp_path, monkeypatch):

@@ -1,0 +1,341 @@
+"""Other base models in small: `python tests/families.py [--engine unsloth] [FAMILY...]` prints a table of what works.
+
+Each family is a random checkpoint of two to four thin layers in its real architecture, with the kind of tokenizer that
+its models have, and a generation config with settings that must not leak into answers. Notebooks 01, 03 and 04 run on
+it, cell by cell in this process.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false"}
+
+import helpers  # noqa: E402  (behind what it must find set)
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"num_hidden_layers": 3, "max_position_embeddings": 2048}
+GENERATION = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "do_sample": True, "temperature": 0.6}
+
+
+def sample_texts() -> list[str]:
+    """Questions, answers and prompts of the sample, for the tokenizers to learn from."""
+    qa = helpers.read_jsonl(ROOT / "data/sample/qa.jsonl")
+    return [text for row in qa for text in (row["input"], row["output"], helpers.sft_text(row["input"], "", ""))]
+
+
+def train_bpe(special: list[str], byte_level: bool) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a small BPE: over bytes as in Llama 3 and Qwen, or over characters, with spaces as ▁."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe, texts = Tokenizer(models.BPE()), sample_texts()
+    options = {"vocab_size": 900, "special_tokens": special, "show_progress": False}
+    if byte_level:
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        texts = ["▁" + text.replace(" ", "▁") for text in texts]
+        bpe.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+        options |= {"max_token_length": 4, "vocab_size": 1400}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**options))
+    model = json.loads(bpe.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def gemma_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "data/tiny/gemma2")
+
+
+def llama3_tokenizer():
+    """Bytes, <bos> from a template, no pad token but reserved ones, no class of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    special = [begin, end, "<|reserved_special_token_0|>", "<|eot_id|>"]
+    vocab, merges = train_bpe(special, byte_level=True)
+    bpe = Tokenizer(models.BPE(vocab, merges))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, vocab[begin])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=begin, eos_token=end, extra_special_tokens=special[2:]
+    )
+
+
+def llmjp_tokenizer():
+    """Unigram with ▁ in front, <s> before a text and </s> behind it, a pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<PAD|LLM-jp>"]
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = [line for text in sample_texts() for line in text.split("\n")]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=900, special_tokens=special + BYTES, unk_token="<unk>", show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    ends = [(token, unigram.token_to_id(token)) for token in ("<s>", "</s>")]
+    unigram.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD|LLM-jp>"}
+    return PreTrainedTokenizerFast(tokenizer_object=unigram, **names)
+
+
+def llama2_tokenizer():
+    """As Mistral has it: ▁ in front, <s>, no pad token and nothing that is reserved."""
+    from transformers import LlamaTokenizer
+
+    vocab, merges = train_bpe(["<unk>", "<s>", "</s>", *BYTES], byte_level=False)
+    return LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
+
+
+def qwen_tokenizer():
+    """Bytes, no <bos>, and a pad token that is the end token."""
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"]
+    vocab, merges = train_bpe(special, byte_level=True)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=special[1:])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    return tokenizer
+
+
+def phi_tokenizer():
+    """As Phi-3 has it: ▁ in front, a <s> that is not put there, and a pad token that is the end token."""
+    from transformers import LlamaTokenizer
+
+    special = ["<unk>", "<s>", "</s>", *BYTES, "<|endoftext|>", "<|placeholder1|>"]
+    vocab, merges = train_bpe(special, byte_level=False)
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|placeholder1|>"]}
+    return LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=False, **names)
+
+
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+# Family: class of its config, values, tokenizer.
+FAMILIES = {
+    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 4}, gemma_tokenizer),
+    "gemma3_text": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 24, "layer_types": MIXED}, gemma_tokenizer),
+    "gemma3": ("Gemma3Config", {"head_dim": 32, "sliding_window": 24, "layer_types": MIXED}, gemma_tokenizer),
+    "llama3": ("LlamaConfig", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, llama3_tokenizer),
+    "llm-jp": ("LlamaConfig", {}, llmjp_tokenizer),
+    "mistral": ("MistralConfig", {"sliding_window": 24}, llama2_tokenizer),
+    "qwen2.5": ("Qwen2Config", {}, qwen_tokenizer),
+    "qwen2.5 with window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+        qwen_tokenizer,
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}, qwen_tokenizer),
+    "phi3": ("Phi3Config", {"sliding_window": 24}, phi_tokenizer),
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14, "vision_use_head": False}
+
+
+def make_checkpoint(family: str, folder: Path, **changes) -> Path:
+    """Write a random checkpoint of a family and its tokenizer; `changes` are values of the config."""
+    import torch
+    import transformers
+
+    name, values, make_tokenizer = FAMILIES.get(family) or (family, {}, llama3_tokenizer)
+    tokenizer, kind = make_tokenizer(), getattr(transformers, name)
+    special = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    values = SIZES | {"vocab_size": len(tokenizer)} | special | values | changes
+    if name == "Gemma3Config":
+        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+        config = kind(text_config=values, vision_config=VISION, mm_tokens_per_image=4)
+        model_class = transformers.Gemma3ForConditionalGeneration
+    else:
+        config = kind(**values)
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    torch.manual_seed(0)
+    model = model_class(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:  # large enough to tell right attention from wrong, below the caps of Gemma 2's scores
+            parameter.data.normal_(0, 0.08 if "embed" in name else 0.25)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.weight.data[tokenizer.eos_token_id] = 0  # an answer that ends at once would be empty
+    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, **GENERATION)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_notebook(name: str, **parameters) -> dict:
+    """Execute a notebook's cells in this process with the smoke run's values and `parameters`; returns its names.
+
+    Returned with what it printed, as "printed".
+    """
+    import yaml
+
+    cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    smoke = yaml.safe_load((ROOT / "data/runs/smoke.yaml").read_text(encoding="utf-8"))
+    names, printed = {"helpers": helpers, "Path": Path, "os": os, "sys": sys}, io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        for cell in cells:
+            if cell["cell_type"] == "code" and cell["id"] != "setup":
+                exec(compile("".join(cell["source"]), f"{name}, cell {cell['id']}", "exec"), names)
+            if cell["id"] == "parameters":
+                names |= smoke[name] | parameters
+    return names | {"printed": printed.getvalue()}
+
+
+def run_series(checkpoint: Path, folder: Path, engine: str) -> dict[str, dict]:
+    """Notebooks 01, 03 and 04 on a checkpoint, two steps of training; returns the names of each."""
+    rows = list(helpers.read_jsonl(ROOT / "data/sample/qa.jsonl"))[:8]
+    pairs = [{"instruction": row["input"], "response": row["output"][:80]} for row in rows]
+    tasks = list(helpers.read_jsonl(ROOT / "data/sample/tasks.jsonl"))[:4]
+    folder.mkdir(parents=True, exist_ok=True)
+    train_data, tasks_file = folder / "train.jsonl", folder / "tasks.jsonl"
+    helpers.write_jsonl(train_data, pairs)
+    helpers.write_jsonl(tasks_file, tasks)
+    common = {"output_dir": str(folder / "run"), "engine": engine}
+    data = {"train_data": str(train_data), "qa_data": str(ROOT / "data/sample/qa.jsonl")}
+    few = {
+        "max_steps": 2,
+        "save_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "wandb_project": "",
+        "max_seq_length": 384,
+    }
+    answers = {"tasks": str(tasks_file), "k": 1, "max_new_tokens": 12, "max_seq_length": 1024}
+    return {
+        "01": run_notebook("01_quantize", output_dir=common["output_dir"], base_model=str(checkpoint)),
+        "03": run_notebook("03_sft", **common, **data, **few),
+        "04": run_notebook("04_rag_inference", **common, **data, **answers),
+    }
+
+
+def greedy(model, prompt: list[int], limit: int, process, stop) -> list[int]:
+    """The plainest loop: the whole text through the model for every token, no cache, no padding, no batch."""
+    import torch
+
+    ids = torch.tensor([prompt], device=model.device)
+    for _ in range(limit):
+        with torch.no_grad():
+            scores = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        ids = torch.cat([ids, process(ids, scores).argmax(-1)[:, None]], dim=1)
+        if stop(ids[:, len(prompt) :], None)[0]:
+            break
+    return ids[0, len(prompt) :].tolist()
+
+
+def rules(tokenizer, ends: list[int]):
+    """The rules of notebook 04 as new objects, and its stopping criteria."""
+    from conftest import run_cell
+
+    names = {"helpers": helpers, "tokenizer": tokenizer, "ban_words": True, "repetition_penalty": 1.1}
+    names["language_model"] = type("Model", (), {"generation_config": type("Ends", (), {"eos_token_id": ends})})
+    names = run_cell("04_rag_inference", "rules", **names)
+    return names["process"], names["stop"]
+
+
+PROMPTS = [helpers.build_prompt(task["input"], []) for task in helpers.read_tasks("data/sample/tasks.jsonl")[:6]]
+
+
+def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, list[list[int]]]:
+    """Answers in float32 with the plain loop, in slots (engine transformers) and in batches, in the prompts' order."""
+    model, tokenizer = helpers.load_model(str(checkpoint), engine, max_seq_length=2048, dtype="float32")
+    if adapter:
+        model = helpers.load_adapter(model, adapter)
+    model.eval()
+    prompts, ends = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS], model.generation_config.eos_token_id
+    found = {"loop": [greedy(model, prompt, 16, *rules(tokenizer, ends)) for prompt in prompts]}
+    process, stop = rules(tokenizer, ends)
+    ways = {"slots": helpers.answer_in_slots, "batches": helpers.answer_in_batches}
+    if engine != "transformers" or not helpers.slots_agree(model, prompts[0]):
+        del ways["slots"]
+    for name, generate in ways.items():
+        decoding = helpers.Decoding(generate, 3, process, stop)
+        answers = dict(generate(model, prompts, lambda _: 16, decoding))
+        found[name] = [answers[i] for i in range(len(prompts))]
+    return found
+
+
+def row_difference(checkpoint: Path) -> float | None:
+    """The largest difference of a logit, in float32, between a row of three texts and the texts alone; None: padded."""
+    import torch
+
+    model, tokenizer = helpers.load_model(str(checkpoint), "transformers", max_seq_length=2048, dtype="float32")
+    texts = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS[:3]]
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([ids]), use_cache=False).logits[0] for ids in texts])
+        if not helpers.train_without_padding(model, texts):
+            return None
+        row = torch.tensor([[token for ids in texts for token in ids]])
+        positions = torch.cat([torch.arange(len(ids)) for ids in texts])[None]
+        together = model(row, position_ids=positions, use_cache=False).logits[0]
+    return (together - alone).abs().max().item()
+
+
+def untrained(folder: Path, model) -> int:
+    """How many linear layers of a model's blocks have no LoRA matrices in an adapter, or such as are still zero."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    trained = {name.split(".lora_B")[0].removeprefix("base_model.model.") for name, w in weights.items() if w.any()}
+    return len(helpers.layer_matrices(helpers.empty_model(model)).keys() - trained)
+
+
+def table_row(family: str, engine: str, folder: Path) -> dict[str, str]:
+    """What the series did with a family."""
+    checkpoint = make_checkpoint(family, folder / "base")
+    row = {"family": family, "engine": engine}
+    try:
+        names = run_series(checkpoint, folder, engine)
+    except Exception as error:
+        return row | {"01, 03, 04": helpers.first_line(error)}
+    row["01, 03, 04"] = "yes"
+    ids = names["03"]["train_dataset"]["input_ids"]
+    bos = {text.count(names["03"]["tokenizer"].bos_token_id) for text in ids}
+    row["<bos> per text"] = ", ".join(map(str, sorted(bos)))
+    row["untrained matrices"] = untrained(folder / "run/adapter", names["03"]["model_config"])
+    if engine == "transformers":
+        difference = row_difference(checkpoint)
+        row["row against texts alone"] = "padded" if difference is None else f"{difference:.1e}"
+    base = folder / "run/quantized" if family == "gemma3" and engine == "unsloth" else checkpoint
+    found = answers_of(base, engine, str(folder / "run/adapter"))
+    for way in ("slots", "batches"):
+        if way in found:
+            equal = sum(a == b for a, b in zip(found[way], found["loop"], strict=True))
+            row[f"{way} equal to the loop"] = f"{equal} of {len(found['loop'])}"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", default="transformers")
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    options = parser.parse_args()
+    helpers.start_engine(options.engine)
+    rows = []
+    for family in options.families:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            rows.append(table_row(family, options.engine, Path(folder)))
+            print(rows[-1], flush=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()
