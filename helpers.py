@@ -1558,7 +1558,7 @@ def is_plain_lora(layer: Any) -> bool:
 
 
 def add_adapter_in_place(model: Any) -> int:
-    """Let the layers of a model with peft's adapter compute it, in training, without peft's copies.
+    """Let the layers of a model with peft's adapter compute it, for more than 256 tokens, without peft's copies.
 
     peft copies Wx, scales BAx and adds both into a third tensor; here the product with B adds itself to Wx, and so in
     the backward pass. The weights stay peft's own. What is more than a plain adapter (dropout, DoRA, 8 bit) and an MLP
@@ -1579,8 +1579,10 @@ def add_adapter_in_place(model: Any) -> int:
         return layer, layer.scaling[name], layer.lora_A[name].weight, layer.lora_B[name].weight
 
     def replace(module: Any, layer: Any, fast: Callable[[Any], Any]) -> None:
-        own = module.forward  # outside of training, and with the adapter switched off
-        module.forward = lambda x: fast(x) if layer.training and not layer.disable_adapters else own(x)
+        own = (
+            module.forward
+        )  # for a few tokens, which bitsandbytes multiplies faster; it can leave the adapter out, too
+        module.forward = lambda x: own(x) if x.shape[:-1].numel() <= 256 or layer.disable_adapters else fast(x)
 
     plain = [module for module in model.modules() if is_plain_lora(module)]
     changed = len(plain)
@@ -1596,7 +1598,7 @@ def add_adapter_in_place(model: Any) -> int:
             return gated_lora(flat(gate(x)), flat(up(x)), activation, *parts(down)).view(x.shape)
 
         with torch.no_grad():
-            x = torch.linspace(-2, 2, 8 * gate.in_features, dtype=model.dtype, device=model.device).view(-1, 8).T
+            x = torch.linspace(-2, 2, 300 * gate.in_features, dtype=model.dtype, device=model.device).view(-1, 300).T
             expected = mlp(x)
             if (fast(x) - expected).norm() < 0.05 * expected.norm():
                 replace(mlp, down, fast)
@@ -2706,10 +2708,11 @@ def example_attention(
     position_ids: Any = None,
     **others: Any,
 ) -> tuple[Any, None]:
-    """Causal `capped_attention` for training rows that hold several examples end to end.
+    """Causal attention for rows that hold several examples end to end, with softcapping and a sliding window.
 
-    An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. Every example gets its
-    own scores, so the work grows with the square of an example's length, not of the row's, and nothing is compiled.
+    An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. On a GPU (Ampere and
+    later) torch's flex attention skips what is hidden; elsewhere every example gets its own scores by
+    `capped_attention`, and nothing is compiled. The work grows with the square of an example's length, not of a row's.
     Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
@@ -2717,6 +2720,11 @@ def example_attention(
 
     refuse_arguments(others | {"attention_mask": attention_mask})
     tokens = query.shape[2]
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        options = {"block_mask": example_mask(position_ids, sliding_window or tokens), "enable_gqa": True}
+        if softcap is not None:
+            options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
+        return compiled_attention()(query, key, value, scale=scaling, **options).transpose(1, 2), None
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
     results = []
@@ -2726,6 +2734,31 @@ def example_attention(
         hidden = (distance < 0) | (distance >= (sliding_window or tokens))
         results.append(capped_attention(q, k, v, hidden, scaling, softcap))
     return torch.cat(results, dim=2).transpose(1, 2), None
+
+
+@lru_cache(maxsize=4)
+def example_mask(position_ids: Any, window: int) -> Any:
+    """For flex attention: which blocks of a row's keys a block of its queries sees; made once for all layers."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    example = (position_ids[0] == 0).cumsum(0)
+    width = torch.tensor(window, device=example.device)  # a number would be compiled in, and so once for each window
+
+    def seen(_row: Any, _head: Any, query: Any, key: Any) -> Any:
+        return (example[query] == example[key]) & (query >= key) & (query - key < width)
+
+    return create_block_mask(seen, None, None, len(example), len(example), device=example.device)
+
+
+@lru_cache
+def compiled_attention() -> Any:
+    """torch's flex attention, compiled at its first call for rows of any length."""
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.specialize_float = True  # the cap is a constant of the kernel
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def start_engine(engine: str) -> None:
@@ -2961,33 +2994,21 @@ def slot_attention(
     scaling: float,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    position_ids: Any = None,
     slot_decoder: Any = None,
     **others: Any,
 ) -> tuple[Any, None]:
-    """`capped_attention` for a `SlotDecoder`; returns (rows, tokens, heads, width).
+    """The attention of a `SlotDecoder`; returns (rows, tokens, heads, width).
 
     One new token per row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width).
-    One prompt: query (1, heads, tokens, width), key and value (1, key heads, tokens, width).
+    One prompt: `example_attention` with a single example.
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
-    import torch
-
     refuse_arguments(others | {"attention_mask": attention_mask})
     if slot_decoder.slot is None:
         hidden = slot_decoder.hidden(sliding_window)
         return capped_attention(query, key, value, hidden, scaling, softcap).transpose(1, 2), None
-    tokens = query.shape[2]
-    window = sliding_window or tokens
-    position = torch.arange(tokens, device=query.device)
-    results = []
-    for start in range(0, tokens, 512):  # the scores of a whole prompt would not fit into the memory
-        end = start + 512
-        seen = slice(max(0, start - window + 1), end)
-        distance = position[start:end, None] - position[seen]
-        hidden = (distance < 0) | (distance >= window)
-        q, k, v = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
-        results.append(capped_attention(q, k, v, hidden, scaling, softcap))
-    return torch.cat(results, dim=2).transpose(1, 2), None
+    return example_attention(module, query, key, value, None, scaling, softcap, sliding_window, position_ids)
 
 
 class SlotDecoder:
