@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers import MEASURES, RecipeError, atomic_write, mean_interval, read_jsonl, sha256_file
+from helpers import MEASURES, RecipeError, atomic_write, load_rows, mean_interval, sha256_file
 
 UNTOLD = ("cannot be told from noise", "too few tasks to tell")  # verdicts on a difference, besides better and worse
 SWEEP = {
     "first loss": ("sft_metrics.json", "first_loss"),
     "last loss": ("sft_metrics.json", "last_loss"),
+    "held-out loss": ("sft_metrics.json", "held_out_loss"),
     "training tokens/s": ("sft_metrics.json", "tokens_per_second"),
     "GPU GiB": ("sft_metrics.json", "peak_gpu_gib"),
     "answered": ("inference_metrics.json", "answered"),
@@ -119,7 +120,7 @@ def read_scored_run(folder: Path) -> dict[str, Any]:
         raise RecipeError(f"{folder}: not a finished run ({what}); run notebook 04 with this output_dir to its end")
     if report.get("output_sha256") != sha256_file(folder / "output.jsonl"):
         raise RecipeError(f"{folder}: scores.json is that of another output.jsonl; run notebook 04 again to its end")
-    tasks = {row["task_id"]: row["input"] for row in read_jsonl(folder / "output.jsonl", ("task_id", "input"))}
+    tasks = {row["task_id"]: row["input"] for row in load_rows(folder / "output.jsonl")}
     try:
         scores = pd.DataFrame(report["per_task"]).set_index("task_id").reindex(columns=list(MEASURES)).astype(float)
         seen, digest = {found["task_id"] for found in report["near_duplicates"]}, report["tasks_sha256"]

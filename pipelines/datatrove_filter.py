@@ -55,7 +55,9 @@ class Stage(PipelineStep):
         (rows, counts), counts_after = self.total("count"), 0
         rare = helpers.rare_characters(counts, helpers.first_limit(rows, self.rules))
         for index in files:
-            passed, dropped, _ = helpers.judge_rows(helpers.load_rows(self.files[index]), self.rules, rare)
+            file_rows = helpers.load_rows(self.files[index])
+            read = (helpers.row_texts(row, self.rules) for row in file_rows)
+            passed, dropped, _ = helpers.judge_rows(file_rows, read, self.rules, rare)
             counts_after = counts_after + helpers.count_characters((row.texts for row in passed), self.rules)
             helpers.write_jsonl(self.parts / f"judged-{index:06}.jsonl", [{"passed": passed, "dropped": dropped}])
         np.savez_compressed(self.parts / f"again-{rank:06}.npz", rows=0, counts=counts_after)
@@ -63,7 +65,7 @@ class Stage(PipelineStep):
     def write(self, rank, files):
         rare = helpers.rare_characters(self.total("again")[1], self.rules.rare_after)
         for index in files:
-            judged = next(helpers.read_jsonl(self.parts / f"judged-{index:06}.jsonl"))
+            judged = helpers.load_rows(self.parts / f"judged-{index:06}.jsonl")[0]
             passed, late = helpers.drop_rare_afterwards((helpers.Passed(*row) for row in judged["passed"]), rare)
             dropped = judged["dropped"] + late
             kept = (helpers.written_row(row, texts, self.rules) for _, row, texts in passed)
@@ -78,7 +80,7 @@ class Stage(PipelineStep):
                 for index in files:
                     with open(self.parts / f"{name}-{index:06}.jsonl", "rb") as file:
                         shutil.copyfileobj(file, joined)
-        reasons = sum((Counter(*helpers.read_jsonl(path)) for path in self.parts.glob("reasons-*.jsonl")), Counter())
+        reasons = sum((Counter(*helpers.load_rows(path)) for path in self.parts.glob("reasons-*.jsonl")), Counter())
         report = helpers.filter_counts(self.total("count")[0], reasons.pop("kept", 0), reasons)
         helpers.write_json(self.output_dir / "filter_report.json", report)
 

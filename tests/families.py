@@ -27,7 +27,7 @@ GENERATION = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "do_sample":
 
 def sample_texts() -> list[str]:
     """Questions, answers and prompts of the sample, for the tokenizers to learn from."""
-    qa = helpers.read_jsonl(ROOT / "data/sample/qa.jsonl")
+    qa = helpers.load_rows(ROOT / "data/sample/qa.jsonl")
     return [text for row in qa for text in (row["input"], row["output"], helpers.sft_text(row["input"], "", ""))]
 
 
@@ -176,6 +176,7 @@ def make_checkpoint(family: str, folder: Path, **changes) -> Path:
     model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, **GENERATION)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
     return folder
 
 
@@ -200,9 +201,9 @@ def run_notebook(name: str, **parameters) -> dict:
 
 def run_series(checkpoint: Path, folder: Path, engine: str) -> dict[str, dict]:
     """Notebooks 01, 03 and 04 on a checkpoint, two steps of training; returns the names of each."""
-    rows = list(helpers.read_jsonl(ROOT / "data/sample/qa.jsonl"))[:8]
+    rows = helpers.load_rows(ROOT / "data/sample/qa.jsonl")[:8]
     pairs = [{"instruction": row["input"], "response": row["output"][:80]} for row in rows]
-    tasks = list(helpers.read_jsonl(ROOT / "data/sample/tasks.jsonl"))[:4]
+    tasks = helpers.load_rows(ROOT / "data/sample/tasks.jsonl")[:4]
     folder.mkdir(parents=True, exist_ok=True)
     train_data, tasks_file = folder / "train.jsonl", folder / "tasks.jsonl"
     helpers.write_jsonl(train_data, pairs)
@@ -211,6 +212,7 @@ def run_series(checkpoint: Path, folder: Path, engine: str) -> dict[str, dict]:
     data = {"train_data": str(train_data), "qa_data": str(ROOT / "data/sample/qa.jsonl")}
     few = {
         "max_steps": 2,
+        "warmup_steps": 1,
         "save_steps": 2,
         "gradient_accumulation_steps": 1,
         "wandb_project": "",

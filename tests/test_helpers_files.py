@@ -38,14 +38,14 @@ def test_import_is_light():
 def test_jsonl_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
     assert helpers.write_jsonl(path, rows) == len(rows)
-    assert list(helpers.read_jsonl(path)) == rows
+    assert helpers.load_rows(path) == rows
 
 
 def test_jsonl_keeps_japanese_readable_and_reads_gzip(tmp_path):
     helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "日本語"}])
     assert (tmp_path / "a.jsonl").read_bytes() == '{"text": "日本語"}\n'.encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    assert list(helpers.read_jsonl(tmp_path / "a.jsonl.gz")) == [{"text": "日本語"}]
+    assert helpers.load_rows(tmp_path / "a.jsonl.gz") == [{"text": "日本語"}]
 
 
 @pytest.mark.parametrize(
@@ -53,27 +53,26 @@ def test_jsonl_keeps_japanese_readable_and_reads_gzip(tmp_path):
     [
         ('{"a": 1}\n{"a": \n', r"rows\.jsonl, line 2: not valid JSON"),
         ('{"a": 1}\n\n[1]\n', r"rows\.jsonl, line 3: expected a JSON object, found list"),
-        ('{"a": 1}\n{"b": 1}\n', r"rows\.jsonl, line 2: key 'a' is missing"),
-        ("\n\n", r"rows\.jsonl: the file holds no rows"),
+        ("\n\n", r"rows\.jsonl: the data set holds no rows"),
     ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(RecipeError, match=message):
-        list(helpers.read_jsonl(path, required=["a"]))
+        helpers.load_rows(path)
 
 
 def test_bytes_that_are_not_utf8_name_the_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"a": "é"}\n'.encode("latin-1"))
     with pytest.raises(RecipeError, match="line 1: not valid JSON"):
-        list(helpers.read_jsonl(path))
+        helpers.load_rows(path)
 
 
 def test_missing_file():
     with pytest.raises(RecipeError, match="no such file"):
-        list(helpers.read_jsonl("nowhere.jsonl"))
+        helpers.load_rows("nowhere.jsonl")
 
 
 def test_load_rows_of_a_table_checks_keys_and_emptiness(tmp_path):
@@ -82,10 +81,10 @@ def test_load_rows_of_a_table_checks_keys_and_emptiness(tmp_path):
 
     path = str(tmp_path / "rows.parquet")
     pq.write_table(pa.table({"input": ["一", "二", "三"]}), path)
-    assert helpers.load_rows(path, ("input",), max_rows=2) == [{"input": "一"}, {"input": "二"}]
-    assert helpers.load_rows(str(tmp_path), ("input",), max_rows=9)[2] == {"input": "三"}
-    with pytest.raises(RecipeError, match=r"rows\.parquet, row 1: key 'output' is missing; it has \['input'\]"):
-        helpers.load_rows(path, ("output",))
+    assert helpers.load_rows(path, max_rows=2) == [{"input": "一"}, {"input": "二"}]
+    assert helpers.load_rows(tmp_path, max_rows=9)[2] == {"input": "三"}
+    with pytest.raises(RecipeError, match=r"rows\.parquet, row 1: no answer found; its columns are \['input'\]"):
+        helpers.load_pairs(path)
     pq.write_table(pa.table({"input": pa.array([], pa.string())}), path)
     with pytest.raises(RecipeError, match=r"rows\.parquet: the data set holds no rows"):
         helpers.load_rows(path)
@@ -93,14 +92,14 @@ def test_load_rows_of_a_table_checks_keys_and_emptiness(tmp_path):
 
 def test_every_line_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\n\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
-    assert helpers.load_rows(str(tmp_path / "a.jsonl")) == [{"a": 1}, {"a": 2}]
-    assert helpers.load_rows(str(tmp_path / "a.jsonl"), max_rows=1) == [{"a": 1}]
+    assert helpers.load_rows(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
+    assert helpers.load_rows(tmp_path / "a.jsonl", max_rows=1) == [{"a": 1}]
 
 
 def test_load_rows_offline_hub_name_and_bad_name():
-    with pytest.raises(RecipeError, match="hub data set cannot be read"):
+    with pytest.raises(RecipeError, match="data set cannot be read"):
         helpers.load_rows("nobody/no-such-dataset")
-    with pytest.raises(RecipeError, match=r"neither a \.jsonl file nor a hub repository"):
+    with pytest.raises(RecipeError, match="no such file or folder, and no hub repository"):
         helpers.load_rows("data/sample/qa.txt")
 
 

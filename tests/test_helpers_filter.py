@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/oracles")]
 import filter_2024  # noqa: E402
 
 import helpers  # noqa: E402
-from helpers import FilterRules, RecipeError, load_rules, read_jsonl  # noqa: E402
+from helpers import FilterRules, RecipeError, load_rows, load_rules  # noqa: E402
 
 RULES_FILE = ROOT / "data/filter_rules_2024.json"
 RULES_2024 = json.loads(RULES_FILE.read_text(encoding="utf-8"))
 REVIEWED = json.loads((ROOT / "data/filter_rules_reviewed.json").read_text(encoding="utf-8"))
 SAMPLE = ROOT / "data/sample/magpie.jsonl"
 JAPANESE = "これは日本語の文章です。今日は天気がよいので、散歩に行きました。"
+SWITCHES = ("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only")
 LENIENT = {"rare_below": 0, "rare_after_below": 0}  # the rare rules are off where a test is about something else
 
 
@@ -87,7 +89,8 @@ PIECES = [
 PIECES += [*'é★神ன\x08\x7f\x85\uffff\t\n😢 \u3000"\\\u2028', "e\u0301", "ன்", ""]
 texts = st.lists(st.sampled_from(PIECES), max_size=5).map(lambda pieces: JAPANESE * (len(pieces) % 3) + "".join(pieces))
 turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
-columns = st.fixed_dictionaries({"id": st.one_of(st.integers(), st.floats(allow_nan=False), texts)})
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)  # JSON has no infinity
+columns = st.fixed_dictionaries({"id": numbers | texts})
 dialogues = st.builds(talk, st.one_of(texts, texts.map(lambda text: text + "\ud83d")), texts)
 rows_of_any_kind = st.one_of(
     dialogues, st.builds(lambda c, t: {**c, "conversations": t, "mix": None}, columns, st.lists(turns, max_size=4))
@@ -105,7 +108,7 @@ rows_of_any_kind = st.one_of(
 def test_survivors_are_those_of_2024_and_dropped_rows_stay_as_they_came(tmp_path, rows, improved, **thresholds):
     result = Result(tmp_path, rows, **thresholds)
     assert result.bytes == expected_bytes(rows, **thresholds)
-    switches = dict.fromkeys(("all_turns", "clean_conversations", "nfc", "cp932_only"), True) if improved else {}
+    switches = dict.fromkeys(SWITCHES, True) if improved else {}
     for run in (result, Result(tmp_path, rows, **thresholds, **switches)):
         assert len(run.kept) + len(run.dropped) == len(rows)
         assert [record["row"] for record in run.dropped] == [rows[record["number"] - 1] for record in run.dropped]
@@ -117,13 +120,13 @@ def test_survivors_are_those_of_2024_and_dropped_rows_stay_as_they_came(tmp_path
     ng=st.lists(st.text(alphabet="ab😢c", min_size=1, max_size=4), max_size=6),
 )
 def test_every_ng_string_is_found_however_they_overlap(text, ng):
-    found = helpers.find_forbidden(text, helpers.Forbidden(FilterRules((), tuple(ng))))
-    assert {match for _, match in found} == {string for string in ng if string in text}
+    found = helpers.find_forbidden({"response": text}, helpers.Forbidden(FilterRules((), tuple(ng))))
+    assert {match for _, _, match in found} == {string for string in ng if string in text}
     assert len(found) == len(set(found))
 
 
 def well_formed_sample() -> list[dict]:
-    return [row for row in read_jsonl(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
+    return [row for row in load_rows(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
 
 
 def test_sample_is_filtered_as_in_2024(tmp_path):
@@ -382,7 +385,9 @@ def test_what_is_no_rules_file_is_refused(tmp_path, content):
         ("rare_share", 2),
         ("rare_share", float("nan")),
         ("rare_share", -0.1),
-        ("nfc", 1),
+        ("compose_kana", 1),
+        ("plain_text", "yes"),
+        ("cp932_also", ["–"]),
         ("all_turns", "false"),
         ("rare_belov", 20),
     ],
@@ -398,16 +403,28 @@ def test_rules_files_hold_the_whole_filter():
     old, new = load_rules(RULES_FILE), load_rules(ROOT / "data/filter_rules_reviewed.json")
     assert old == FilterRules(old.replacements, old.ng)  # the defaults are those of 2024
     assert (old.rare_below, old.rare_after, old.rare_share, old.japanese_percent) == (20, 10, 0, 60)
-    assert (new.rare_below, new.rare_after, new.rare_share, new.japanese_percent) == (20, 0, 0.00015, 60)
+    assert (new.rare_below, new.rare_after, new.rare_share, new.japanese_percent) == (0, 0, 0, 60)
     for rules, switch in ((old, False), (new, True)):
-        assert {rules.all_turns, rules.clean_conversations, rules.nfc, rules.cp932_only} == {switch}
+        assert {getattr(rules, name) for name in SWITCHES} == {switch}
 
 
 def test_rules_take_the_unicode_form_of_the_text():
     decomposed = FilterRules((("か\u3099", "ほ\u309a"),), ("e\u0301",))
     assert decomposed.ng == ("e\u0301",)
-    composed = replace(decomposed, nfc=True)
+    composed = replace(decomposed, compose_kana=True)
     assert (composed.replacements, composed.ng) == ((("が", "ぽ"),), ("é",))
+    # A name's kanji in the rules is not turned into the ordinary one, which would drop every row with 神 or 塚.
+    assert replace(composed, ng=("\ufa19", "\ufa10", "\u212b")).ng == ("\ufa19", "\ufa10", "\u212b")
+
+
+def test_a_rules_file_saved_in_nfd_finds_text_in_nfc(tmp_path):
+    rules = json.loads(unicodedata.normalize("NFD", json.dumps(REVIEWED, ensure_ascii=False)))
+    rules["ng"].append(unicodedata.normalize("NFD", "ボンジュール"))
+    assert rules["ng"] != [*REVIEWED["ng"], "ボンジュール"]
+    rows = [talk(JAPANESE, JAPANESE + tail) for tail in ("", "ドイツ語で", "ボンジュール", "é", "スライcingしました。")]
+    result = Result(tmp_path, rows, rules)
+    assert result.reasons == {n: ("ng string", m) for n, m in ((2, "ドイツ語で"), (3, "ボンジュール"), (4, "é"))}
+    assert result.kept[1]["response"] == JAPANESE + "スライシングしました。"
 
 
 # --- interrupted ----------------------------------------------------------------------------------------------------
@@ -447,19 +464,44 @@ def test_the_datatrove_pipeline_keeps_the_rows_of_the_notebook(tmp_path):
     assert (tmp_path / "out/filtered_magpie.jsonl").read_bytes() == alone.bytes != b""
     report = json.loads((tmp_path / "out/filter_report.json").read_text(encoding="utf-8"))
     assert report == {key: alone.report[key] for key in report} and report["rows_kept"] == len(alone.kept)
-    dropped = [record["row"] for record in read_jsonl(tmp_path / "out/dropped_magpie.jsonl")]
+    dropped = [record["row"] for record in load_rows(tmp_path / "out/dropped_magpie.jsonl")]
     assert sorted(map(json.dumps, dropped)) == sorted(json.dumps(record["row"]) for record in alone.dropped)
 
 
 # --- improved rules -------------------------------------------------------------------------------------------------
 
 
-def test_nfc_corrects_what_2024_overlooks(tmp_path):
-    rows = [talk(JAPANESE, JAPANESE + "か\u3099"), talk(JAPANESE, JAPANESE + "e\u0301")]
-    result = Result(tmp_path, rows, **LENIENT, nfc=True, clean_conversations=True)
-    assert [row["response"] for row in result.kept] == [JAPANESE + "が"]
-    assert result.kept[0]["conversations"][1]["content"] == JAPANESE + "が"
-    assert result.reasons == {2: ("ng string", "é")}
+def test_kana_are_composed(tmp_path):
+    rows = [talk(JAPANESE, JAPANESE + "か\u3099、ホ\u309a"), talk(JAPANESE, JAPANESE + "e\u0301")]
+    switches = dict.fromkeys(SWITCHES, True)
+    result = Result(tmp_path, rows, **LENIENT, **switches)
+    assert [row["response"] for row in result.kept] == [JAPANESE + "が、ポ"]
+    assert result.kept[0]["conversations"][1]["content"] == JAPANESE + "が、ポ"
+    assert result.reasons == {2: ("not cp932", "\u0301")}
+
+
+@pytest.mark.parametrize("text", ["\ufa19社", "\ufa10本", "7000\u212b"])
+def test_composing_rewrites_nothing_but_kana(tmp_path, text):
+    assert unicodedata.normalize("NFC", text) != text  # name kanji and the sign of the ångström, which cp932 writes
+    row = talk(JAPANESE, JAPANESE + text)
+    result = Result(tmp_path, [row], REVIEWED)
+    assert [(kept["response"], kept["conversations"]) for kept in result.kept] == [
+        (JAPANESE + text, row["conversations"])
+    ]
+
+
+HTML_TALK = "JavaScriptは<script>タグの中に書きます。<style>タグの中にはスタイルシートを書きます。"
+HIDDEN_ENGLISH = JAPANESE + "<script>" + FOREIGN * 10
+
+
+@pytest.mark.parametrize(("text", "in_2024", "as_plain_text"), [(HTML_TALK, 0, 1), (HIDDEN_ENGLISH, 1, 0)])
+def test_cld2_reads_plain_text_where_2024_read_html(tmp_path, text, in_2024, as_plain_text):
+    rows = [talk(JAPANESE, text)]
+    plain = Result(tmp_path, rows, **LENIENT)
+    assert len(plain.kept) == in_2024 and plain.bytes == expected_bytes(rows, **LENIENT)
+    result = Result(tmp_path, rows, REVIEWED)
+    assert len(result.kept) == as_plain_text
+    assert {reason for reason, _ in result.reasons.values()} <= {"not Japanese"}
 
 
 def test_clean_conversations_corrects_every_turn(tmp_path):
@@ -470,10 +512,22 @@ def test_clean_conversations_corrects_every_turn(tmp_path):
 
 
 def test_cp932_drops_foreign_characters_and_keeps_japanese_ones(tmp_path):
-    tails = ("〜①㈱髙♪ー", "们", "😊", "\u200b")
+    tails = ("〜①㈱髙♪ー", "们", "😊", "\u200b", "\ue000", "\uf8f0", "–", "頰")  # cp932 also writes private use
     rows = [talk(JAPANESE, JAPANESE + tail) for tail in tails]
     result = Result(tmp_path, rows, {"replacements": (), "ng": ()}, **LENIENT, cp932_only=True)
     assert result.reasons == {n: ("not cp932", tail) for n, tail in enumerate(tails[1:], start=2)}
+
+
+@pytest.mark.parametrize("text", ["1939–1945年", "——", "¥500", "𠮟る", "剝がす", "補塡", "頰", "森鷗外", "x ≥ 3"])
+def test_the_reviewed_rules_let_japanese_pass_that_cp932_lacks(tmp_path, text):
+    rows = [talk(JAPANESE, JAPANESE + text)]
+    assert Result(tmp_path, rows, REVIEWED).kept
+    assert Result(tmp_path, rows, REVIEWED, cp932_also="").dropped[0]["reason"] == "not cp932"
+
+
+@pytest.mark.parametrize("text", ["\ue000", "它", "很", "😊", "们", "ß", "```", "フランス語で答えて", "ドイツ語に"])
+def test_the_reviewed_rules_still_refuse(tmp_path, text):
+    assert not Result(tmp_path, [talk(JAPANESE, JAPANESE + text)], REVIEWED).kept
 
 
 def test_rare_share_counts_rows_and_grows_with_the_data(tmp_path):
@@ -495,7 +549,10 @@ def test_later_turns_too_short_for_a_language_pass(tmp_path):
 
 def test_reviewed_rules_leave_ordinary_japanese_and_facts_alone():
     old, new = RULES_2024, REVIEWED
-    assert set(new["ng"]) < set(old["ng"]) and len(set(new["ng"])) == len(new["ng"])
+    added = set(new["ng"]) - set(old["ng"])
+    assert {s for s in added if len(s) == 1} == set("个它很无找听决怎收效")
+    assert {s[:-1] for s in added if len(s) > 1} <= set(old["ng"]) and {s[-1] for s in added if len(s) > 1} == {*"でに"}
+    assert len(set(new["ng"])) == len(new["ng"]) and "ドイツ語" not in new["ng"]
     assert not set("而於處叛瓊頚茉旱嗽籾仔裔采") & set(new["ng"])
     assert "松下" not in dict(new["replacements"])
     assert Counter(old["ng"])["Ich "] == 1 and "们" in new["ng"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import Gemma2Config, Qwen3MoeConfig
 
 import helpers
 from helpers import RecipeError
@@ -19,15 +20,33 @@ GEMMA_2_27B = {
 
 
 def test_parameter_count_of_gemma_2_27b():
-    # 27,227,128,320 weights by its model card; the norms that are not counted are 46 * 4 * 4608 + 4608.
-    assert helpers.parameter_count(GEMMA_2_27B) == 27_227_128_320 - (46 * 4 + 1) * 4608
+    assert helpers.parameter_count(Gemma2Config(**GEMMA_2_27B)) == 27_227_128_320  # by its model card
+
+
+def test_estimate_knows_experts_and_untied_embeddings():
+    """Qwen3-30B-A3B: 30.5 billion weights, of which 4 bit shrinks only those outside the experts."""
+    experts = Qwen3MoeConfig(
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        moe_intermediate_size=768,
+        vocab_size=151_936,
+        tie_word_embeddings=False,
+    )
+    assert helpers.parameter_count(experts) == pytest.approx(30.5e9, rel=0.002)
+    assert helpers.estimate_memory(experts, four_bit=True)["weights"] > 54  # 29 billion of them in 16 bit
+    one, two = (Gemma2Config(**GEMMA_2_27B, tie_word_embeddings=tied) for tied in (True, False))
+    assert helpers.parameter_count(two) - helpers.parameter_count(one) == 256_000 * 4608
 
 
 def test_large_model_without_gpu_is_refused():
     with pytest.raises(RecipeError, match=r"no GPU.*27\.2 billion"):
-        helpers.check_gpu(GEMMA_2_27B, gpu=False)
-    helpers.check_gpu(GEMMA_2_27B, gpu=True)
-    helpers.check_gpu(GEMMA_2_27B | {"num_hidden_layers": 1, "vocab_size": 1000}, gpu=False)
+        helpers.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=False)
+    helpers.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=True)
+    helpers.check_gpu(Gemma2Config(**GEMMA_2_27B | {"num_hidden_layers": 1, "vocab_size": 1000}), gpu=False)
 
 
 def test_package_versions():

@@ -31,7 +31,7 @@ def test_rouge_l_counts_japanese_words():
     assert score("富士山だ。")["rouge_l"] == pytest.approx(75)
 
 
-@pytest.mark.parametrize("reference", [None, "", " \n", ["a"]])
+@pytest.mark.parametrize("reference", [None, "", " \n", []])
 def test_without_a_reference_only_the_answer_is_measured(reference):
     scores = score("富士山です。", output=reference)
     assert scores["chrf"] is scores["rouge_l"] is None

@@ -1,40 +1,71 @@
 """What goes to the hub, and what is asked of it, against a small server that speaks the hub's HTTP API."""
 
 import base64
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import papermill
 import pytest
+import yaml
 from conftest import ROOT
+from test_setup import repository  # noqa: F401, a fixture
+
+SHA = "c0ffee" + "0" * 34
+SMOKE = yaml.safe_load((ROOT / "data/runs/smoke.yaml").read_text(encoding="utf-8"))
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Creates repositories, takes files (safetensors as large files), answers for the cards of data sets."""
+    """Creates repositories, takes files (safetensors as large files) and gives them back, with the cards of data sets.
 
-    def answer(self, body: dict | None, status: int = 200) -> None:
-        content = json.dumps(body).encode() if body is not None else b""
+    `files` holds what was committed: {"datasets/me/rows": {"README.md": b"..."}}; models have no prefix.
+    """
+
+    def answer(self, body: object, status: int = 200, **headers: str) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        kind = "application/vnd.git-lfs+json" if "lfs" in self.path else "application/json"
         self.send_response(status)
-        self.send_header("Content-Type", "application/vnd.git-lfs+json" if "lfs" in self.path else "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def do_GET(self) -> None:
-        name = self.path.removeprefix("/api/datasets/").partition("/revision")[0]
+        if "/resolve/" in self.path:
+            repository, _, rest = self.path[1:].partition("/resolve/")
+            content = self.server.files.get(repository, {}).get(rest.partition("/")[2])
+            if content is None:
+                return self.answer({}, 404, X_Error_Code="EntryNotFound")
+            return self.answer(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=SHA)
+        kind, _, rest = self.path.removeprefix("/api/").partition("/")
+        name = "/".join(rest.split("/")[:2]).partition("?")[0]
+        repository = f"datasets/{name}" if kind == "datasets" else name
+        files = self.server.files.get(repository, {})
+        if not files and name not in self.server.cards:
+            return self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+        if "/tree/" in self.path:
+            found = [{"type": "file", "path": path, "size": len(c), "oid": "0"} for path, c in files.items()]
+            return self.answer(found)
         card = self.server.cards.get(name)
         if card is None:
-            return self.answer({"error": "not found"}, 404)
-        return self.answer(
-            {"id": name, "sha": "c0ffee", "private": False, "tags": [], "siblings": [], "cardData": card}
-        )
+            card = yaml.safe_load(files.get("README.md", b"---\n{}\n---").split(b"---")[1])
+        siblings = [{"rfilename": path} for path in files]
+        info = {"id": name, "sha": SHA, "private": False, "tags": [], "siblings": siblings, "cardData": card}
+        return self.answer(info)
+
+    do_HEAD = do_GET
 
     def do_PUT(self) -> None:
-        self.server.stored.append(self.path.rsplit("/", 1)[1])
-        self.rfile.read(int(self.headers["Content-Length"]))
+        oid = self.path.rsplit("/", 1)[1]
+        self.server.stored.append(oid)
+        self.server.large[oid] = self.rfile.read(int(self.headers["Content-Length"]))
         self.answer({})
 
     def do_POST(self) -> None:
@@ -59,10 +90,13 @@ class Hub(BaseHTTPRequestHandler):
         elif "/commit/" in self.path and self.server.refuse:
             self.answer({"error": "interrupted"}, 400)
         else:
-            self.server.commits.append([json.loads(line) for line in body.decode().splitlines()])
-            self.answer(
-                {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.server.address}/me/thing/commit/0"}
-            )
+            commit = [json.loads(line) for line in body.decode().splitlines()]
+            self.server.commits.append(commit)
+            repository = self.path.removeprefix("/api/").removeprefix("models/").partition("/commit/")[0]
+            contents = {path: self.server.large.get(content, content) for path, content in committed(commit).items()}
+            self.server.files.setdefault(repository, {}).update(contents)
+            url = f"{self.server.address}/me/thing/commit/{SHA}"
+            self.answer({"success": True, "commitOid": SHA, "commitUrl": url})
 
     def log_message(self, *_: object) -> None:
         pass
@@ -73,6 +107,7 @@ def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.cards, server.created, server.commits, server.stored, server.refuse = {}, [], [], [], False
+    server.files, server.large = {}, {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -127,7 +162,7 @@ def test_dataset_goes_up_with_its_card_in_one_commit(hub, tmp_path):
 def test_licence_is_read_from_the_card(hub):
     hub.cards = {"a/free": {"license": "apache-2.0"}, "a/share-alike": {"license": ["cc-by-sa-4.0"]}, "a/none": {}}
     free = call(hub, "print(helpers.data_source('a/free'))")
-    expected = {"name": "a/free", "commit": "c0ffee", "sha256": "", "licence": "apache-2.0", "inputs": {}}
+    expected = {"name": "a/free", "commit": SHA, "sha256": "", "licence": "apache-2.0", "inputs": {}}
     assert free.stdout.strip() == str(expected), free.stderr
     for name, licence in {"a/share-alike": "cc-by-sa-4.0", "a/none": "unknown"}.items():
         source = f"helpers.data_source({name!r}, 'main')"
@@ -135,3 +170,79 @@ def test_licence_is_read_from_the_card(hub):
         assert f"RecipeError: {name}: the licence {licence} is not on the allowed list" in stopped.stderr
         allowed = call(hub, f"helpers.check_licences({{'dataset': {source}}}, {licence!r}); print({source}['licence'])")
         assert allowed.stdout.strip() == licence
+
+
+def run_alone(notebook: str, folder: Path, **values: object) -> str:
+    """Execute a notebook as a badge opens it, in an empty folder, with the smoke values; what it prints."""
+    folder.mkdir()
+    executed = papermill.execute_notebook(
+        ROOT / f"notebooks/{notebook}.ipynb",
+        folder / "out.ipynb",
+        SMOKE[notebook] | {"output_dir": "outputs/alone"} | values,
+        progress_bar=False,
+        cwd=str(folder),
+    )
+    outputs = (output for cell in executed.cells for output in cell.get("outputs", ()))
+    return "".join(output.get("text", "") for output in outputs)
+
+
+def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, repository, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("RECIPE_REPOSITORY", repository)
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    said = run_alone("01_quantize", tmp_path / "1", hub_repo="me/quantized")
+    assert 'in notebook 3: model = "me/quantized"' in said
+    said = run_alone("02_filter_magpie", tmp_path / "2", hub_repo="me/filtered", dataset="data/sample/magpie.jsonl")
+    assert 'in notebook 3: train_data = "me/filtered"' in said
+    hub.cards["me/filtered"] = {"license": "apache-2.0"}  # the sample is a file of one's own, so its card names none
+    values = {"model": "me/quantized", "train_data": "me/filtered", "hub_repo": "me/adapter", "max_steps": 3}
+    said = run_alone("03_sft", tmp_path / "3", **values, warmup_steps=1, logging_steps=1)
+    assert 'in notebook 4: adapter = "me/adapter"' in said
+    run_alone("04_rag_inference", tmp_path / "4", adapter="me/adapter", max_new_tokens=4)
+    made = tmp_path / "4/gemma2-ja-qlora/outputs/alone"
+    rows = [json.loads(line) for line in (made / "output.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 10 and not (made / "quantized").exists()
+    record = json.loads((made / "output.jsonl.record.json").read_text(encoding="utf-8"))
+    model, adapter = record["inputs"]["model"], record["inputs"]["adapter"]
+    assert (model["name"], adapter["name"]) == ("me/quantized", "me/adapter")
+    assert adapter["inputs"]["model"]["sha256"] == model["sha256"] != ""
+    # The record leads from the answers back to the rows before the filter, over three repositories.
+    assert adapter["inputs"]["train_data"]["inputs"]["dataset"]["name"] == "data/sample/magpie.jsonl"
+
+
+COLAB_DRIVE = """
+import os
+import shutil
+
+def mount(path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not os.path.islink(path):
+        os.symlink(os.environ["DRIVE"], path)
+"""
+
+
+@pytest.mark.skipif(not os.access("/", os.W_OK) or os.path.exists("/content"), reason="Colab's /content is made here")
+def test_each_notebook_runs_alone_on_what_lies_in_google_drive(repository, tmp_path, monkeypatch):  # noqa: F811
+    """Machines of their own, the same Drive. The package google.colab exists on Colab alone: a small one stands in."""
+    package = tmp_path / "packages/google/colab"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "drive.py").write_text(COLAB_DRIVE)
+    (tmp_path / "drive/MyDrive").mkdir(parents=True)
+    monkeypatch.setenv("DRIVE", str(tmp_path / "drive"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("RECIPE_REPOSITORY", repository)
+    try:
+        run_alone("01_quantize", tmp_path / "1", drive_dir="recipe")
+        run_alone("02_filter_magpie", tmp_path / "2", drive_dir="recipe")
+        run_alone("03_sft", tmp_path / "3", drive_dir="recipe", max_steps=3, warmup_steps=1)
+        run_alone("04_rag_inference", tmp_path / "4", drive_dir="recipe", max_new_tokens=4)
+    finally:
+        shutil.rmtree("/content")
+    made = {path.name for path in (tmp_path / "drive/MyDrive/recipe/outputs/alone").iterdir()}
+    assert {"quantized", "filtered_magpie.jsonl", "adapter", "output.jsonl"} <= made
+    for number in "1234":
+        assert not (tmp_path / number / "gemma2-ja-qlora/outputs").exists()

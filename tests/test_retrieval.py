@@ -9,7 +9,7 @@ from conftest import ROOT, run_cell
 
 import helpers
 
-QA = list(helpers.read_jsonl("data/sample/qa.jsonl"))
+QA = helpers.load_rows("data/sample/qa.jsonl")
 DOCUMENTS = [row["input"] for row in QA]
 
 

@@ -86,7 +86,7 @@ def test_saved_tokenizer_adds_exactly_one_bos(smoke):
 
 def test_output_has_one_valid_line_a_task_in_order(smoke):
     tasks = helpers.read_tasks("data/sample/tasks.jsonl")
-    rows = list(helpers.read_jsonl(smoke / "output.jsonl"))
+    rows = helpers.load_rows(smoke / "output.jsonl")
     assert [row["task_id"] for row in rows] == [task["task_id"] for task in tasks]
     assert [row["input"] for row in rows] == [task["input"] for task in tasks]
     assert all(row["output"].strip() and "### 質問" not in row["output"] for row in rows)

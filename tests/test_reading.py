@@ -1,0 +1,644 @@
+"""Data as people have it: every kind of file and every form of rows is read right, or refused in one clear line.
+
+`python tests/test_reading.py [FILE...]` prints the table of benchmarks/RESULTS.md, and reads further files.
+"""
+
+import base64
+import csv
+import datetime
+import decimal
+import gzip
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import redirect_stdout
+from dataclasses import fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run_cell
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import helpers
+from helpers import RecipeError
+
+ANSWER = "富士山です。日本で一番高い山で、高さは3776メートルあります。"
+QUESTIONS = [f"日本で{n}番目に高い山はどこですか。" for n in range(1, 4)]
+
+
+def turns(question, answer=ANSWER, role="role", content="content", names=("user", "assistant")):
+    return [{role: names[0], content: question}, {role: names[1], content: answer}]
+
+
+def sharegpt(question, answer=ANSWER):
+    return turns(question, answer, "from", "value", ("human", "gpt"))
+
+
+# Each form of rows, as a function that puts a question into it.
+FORMS = {
+    "magpie": lambda q: {"id": 2**60 + 1, "conversations": turns(q)},
+    "ShareGPT": lambda q: {"conversations": sharegpt(q), "system": "", "tools": ""},
+    "ShareGPT with a system turn": lambda q: {"conversations": [{"from": "system", "value": "丁寧に"}, *sharegpt(q)]},
+    "conversations as JSON text": lambda q: {"conversations": json.dumps(sharegpt(q))},
+    "OpenAI chat with weights": lambda q: {"messages": [t | {"weight": 1} for t in turns(q)]},
+    "OpenAI chat with tools": lambda q: {
+        "messages": [*turns(q), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+        "tools": [{"type": "function"}],
+    },
+    "UltraChat (prompt, prompt_id, messages)": lambda q: {"prompt": q, "prompt_id": "a", "messages": turns(q)},
+    "several questions": lambda q: {"messages": [*turns(q), *turns("それだけですか。")]},
+    "Alpaca": lambda q: {"instruction": q[:5], "input": q[5:], "output": ANSWER},
+    "Alpaca without input": lambda q: {"instruction": q, "input": "", "output": ANSWER},
+    "LLaMA-Factory with history": lambda q: {
+        "instruction": "次は？",
+        "input": "",
+        "output": ANSWER,
+        "system": "",
+        "history": [[q, ANSWER]],
+    },
+    "Dolly": lambda q: {"instruction": q, "context": "", "response": ANSWER, "category": "open_qa"},
+    "instruction, response": lambda q: {"instruction": q, "response": ANSWER},
+    "question, answer": lambda q: {"question": q, "answer": ANSWER, "topic": None},
+    "prompt, completion": lambda q: {"prompt": q, "completion": ANSWER},
+    "input, output": lambda q: {"input": q, "output": ANSWER},
+}
+
+# Rows that hold no question and answer in a form that can be told: what is said.
+UNKNOWN = {
+    "JaQuAD": (
+        {"question": "山は？", "context": "富士山", "answers": {"text": ["富士山"]}},
+        "no answer found; its columns are ['answers', ",
+    ),
+    "oasst, a tree": (
+        {"message_tree_id": "a", "prompt": {"text": "山は？", "replies": []}},
+        "no answer found; its columns are ['message_tree_id', ",
+    ),
+    "oasst, messages": (
+        {"message_id": "a", "text": "山は？", "role": "prompter"},
+        "no question found; its columns are",
+    ),
+    "preferences": (
+        {"prompt": "山は？", "chosen": "富士山", "rejected": "海"},
+        "no answer found; its columns are ['chosen', ",
+    ),
+    "plain text": ({"text": "富士山は高い。"}, "its columns are ['text']"),
+    "rows in a row": ({"data": [{"question": "山は？"}]}, "its columns are ['data']"),
+    "turns without roles": ({"conversations": ["山は？", "富士山"]}, "turn 1 of conversations has no role"),
+    "turns of unknown roles": ({"messages": turns("山は？", names=("A", "B"))}, "its roles in messages are ['A', 'B']"),
+    "conversational prompts": ({"prompt": turns("山は？"), "completion": []}, "question (prompt) is a list"),
+    "content in parts": ({"messages": turns([{"type": "text", "text": "山は？"}])}, "question (messages) is a list"),
+}
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def table(rows, delimiter=","):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode("utf-8-sig")
+
+
+def parquet(rows):
+    pq.write_table(pa.Table.from_pylist(rows), sink := io.BytesIO())
+    return sink.getvalue()
+
+
+def zstd(data):
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+# Each kind of file: its name, and its bytes from the rows.
+FILES = {
+    "JSON Lines": ("a.jsonl", lines),
+    "JSON Lines, a byte order mark in each line": (
+        "a.jsonl",
+        lambda rows: b"".join(b"\xef\xbb\xbf" + lines([r]) for r in rows),
+    ),
+    "JSON Lines called .json": ("a.json", lines),
+    "JSON Lines, CRLF and blank lines": ("a.jsonl", lambda rows: lines(rows).replace(b"\n", b"\r\n\r\n")),
+    "gzip": ("a.jsonl.gz", lambda rows: gzip.compress(lines(rows))),
+    "gzip without the name": ("a.jsonl", lambda rows: gzip.compress(lines(rows))),
+    "zstd": ("a.jsonl.zst", lambda rows: zstd(lines(rows))),
+    "zstd in two frames": ("a.jsonl.zst", lambda rows: zstd(lines(rows[:1])) + zstd(lines(rows[1:]))),
+    "JSON array": ("a.json", lambda rows: json.dumps(rows, indent=2).encode()),
+    "JSON array called .jsonl": ("a.jsonl", lambda rows: json.dumps(rows).encode()),
+    "CSV from Excel (UTF-8)": ("a.csv", table),
+    "CSV, packed": ("a.csv.gz", lambda rows: gzip.compress(table(rows))),
+    "TSV": ("a.tsv", lambda rows: table(rows, "\t")),
+    "Parquet": ("a.parquet", parquet),
+}
+
+ROW = {"input": "山は？", "output": "富士山"}
+# Files that cannot be read: name, bytes, what is said.
+BAD_FILES = {
+    "cp932": ("a.jsonl", lines([ROW]).decode().encode("cp932"), "line 1: .*looks like text in cp932; save it as UTF-8"),
+    "EUC-JP": ("a.jsonl", lines([ROW]).decode().encode("euc_jp"), "looks like text in euc_jp"),
+    "CSV in cp932": (
+        "a.csv",
+        table([ROW]).decode("utf-8-sig").encode("cp932"),
+        "not UTF-8 text; it looks like text in cp932",
+    ),
+    "UTF-16": ("a.jsonl", lines([ROW]).decode().encode("utf-16"), "line 1: .*it is UTF-16 text"),
+    "UTF-16 without a mark": ("a.jsonl", lines([ROW]).decode().encode("utf-16-le"), "it is UTF-16 text"),
+    "Excel": ("a.csv", b"PK\x03\x04\x14\x00\x06\x00\x08\x00\x00\x00!\x00\xff\xff", "a zip archive or an Excel file"),
+    "Git LFS pointer": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run `git lfs pull`"),
+    "web page": ("a.json", b"<!DOCTYPE html>\n<html></html>", "it is a web page"),
+    "one object over several lines": (
+        "a.json",
+        json.dumps({"data": [ROW]}, indent=1).encode(),
+        "write one object per line, or a list",
+    ),
+    "a broken line": ("a.jsonl", lines([ROW]) + b'{"input": \n', "line 2: not valid JSON"),
+    "a list in a line": ("a.jsonl", lines([ROW]) + b"[1]\n", "line 2: expected a JSON object, found list"),
+    "an array of numbers": ("a.json", b"[1]", "row 1: expected a JSON object, found int"),
+    "cut gzip": (
+        "a.jsonl.gz",
+        gzip.compress(lines([ROW] * 99))[:-9],
+        "after line 99: cannot be read .*fetch it again",
+    ),
+    "cut zstd": ("a.jsonl.zst", zstd(lines([ROW] * 99))[:-9], "cannot be read .*fetch it again"),
+    "cut Parquet": ("a.parquet", parquet([ROW])[:-9], "the file cannot be read"),
+    "Parquet without rows": ("a.parquet", parquet([ROW])[:0] or parquet([]), "holds no rows"),
+    "empty file": ("a.jsonl", b"", "holds no rows"),
+    "empty CSV": ("a.csv", b"", "holds no rows"),
+    "CSV, a comma too many": ("a.csv", b"input,output\na,b\nc,d,e\n", "line 3: 3 cells, but the header has 2"),
+    "CSV, an open quote": ("a.csv", b'input,output\na,"b\n', "not valid CSV"),
+    "CSV, a name twice": ("a.csv", b"input,input\na,b\n", "two columns have the same name"),
+}
+
+
+def write(folder, name, data):
+    path = Path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path)
+
+
+def refusal(function, *arguments):
+    """The message of a RecipeError: one line of a reasonable length."""
+    with pytest.raises(RecipeError) as error:
+        function(*arguments)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 900
+    return message
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_known_form_is_read_for_training_for_shots_and_as_tasks(tmp_path, capsys, form):
+    rows = [FORMS[form](question) for question in QUESTIONS]
+    path = write(tmp_path, "a.jsonl", lines(rows))
+    pairs = helpers.load_pairs(path)
+    assert "3 rows read as " in capsys.readouterr().out
+    assert [pair["output"] for pair in pairs] == [ANSWER] * 3
+    assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
+    tasks = helpers.read_tasks(path)
+    assert [(task["task_id"], task["input"], task["output"]) for task in tasks] == [
+        (n, pair["input"], ANSWER) for n, pair in enumerate(pairs)
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rules", ["2024", "reviewed"])
+def test_every_known_form_is_filtered_and_trained_on(tmp_path, form, rules):
+    rows = [FORMS[form](question) for question in QUESTIONS]
+    loaded = helpers.load_rows(write(tmp_path, "a.jsonl", lines(rows)))
+    helpers.check_forms("a.jsonl", loaded)
+    filter_rules = helpers.load_rules(f"data/filter_rules_{rules}.json")
+    lenient = replace(filter_rules, rare_below=0, rare_after_below=0)
+    kept, dropped, report = helpers.filter_rows(loaded, lenient)
+    assert (report["rows_kept"], dropped) == (3, [])
+    assert all(row["conversations"][-1].get("role") == "assistant" for row in kept)
+    helpers.write_jsonl(tmp_path / "kept.jsonl", kept)
+    pairs = helpers.load_pairs(str(tmp_path / "kept.jsonl"))
+    assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
+    assert [pair["output"] for pair in pairs] == [ANSWER] * 3
+    if form == "magpie":  # the row as it is, and two more columns
+        assert kept == [row | {"instruction": q, "response": ANSWER} for row, q in zip(rows, QUESTIONS, strict=True)]
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_unknown_forms_stop_at_once_with_row_and_columns(tmp_path, kind):
+    row, said = UNKNOWN[kind]
+    path = write(tmp_path, "a.jsonl", lines([row] * 3))
+    assert (message := refusal(helpers.load_pairs, path)).startswith(f"{path}, line 1: ") and said in message
+    message = refusal(helpers.check_forms, "a.jsonl", helpers.load_rows(path))
+    assert message.startswith("3 of 3 rows cannot be used. The first one: a.jsonl, row 1: ")
+
+
+def test_a_few_malformed_rows_do_not_stop_the_filter(capsys):
+    good, bad = FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}
+    helpers.check_forms("a", [good, bad, good, bad])
+    assert "2 rows read as conversations (from, value)" in (said := capsys.readouterr().out)
+    assert "2 rows cannot be used and will be dropped. The first one: a, row 2: " in said
+    assert "3 of 4 rows" in refusal(helpers.check_forms, "a", [good, bad, bad, bad])
+
+
+def test_columns_that_are_null_do_not_hide_the_form_of_a_row(tmp_path):
+    """What a table makes of rows of several forms: every row has all columns, most of them null."""
+    question = QUESTIONS[0]
+    rows = [
+        {"conversations": None, "instruction": question[:5], "input": question[5:], "output": ANSWER},
+        {"conversations": turns(question), "instruction": None, "input": None, "output": None},
+    ]
+    for pair in helpers.load_pairs(write(tmp_path, "a.parquet", parquet(rows))):
+        assert (pair["input"].replace("\n", ""), pair["output"]) == (question, ANSWER)
+    kept, _, _ = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+    assert [row["instruction"].replace("\n", "") for row in kept] == [question] * 2
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
+    rows = [{"task_id": 10 + n, "input": f'「{q}」,\n"{n}"', "output": f"00{n}"} for n, q in enumerate(QUESTIONS)]
+    name, write_rows = FILES[kind]
+    path = write(tmp_path, name, write_rows(rows))
+    assert helpers.load_rows(path) == rows
+    assert helpers.load_rows(path, max_rows=2) == rows[:2]
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_unreadable_files_are_named_with_the_place_and_the_remedy(tmp_path, kind):
+    name, data, said = BAD_FILES[kind]
+    path = write(tmp_path, name, data)
+    message = refusal(helpers.load_rows, path)
+    assert message.startswith(path)
+    assert re.search(said, message), message
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "data/absent.csv", "./a/b", "a/b/c", "~/data/x"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name):
+    assert refusal(helpers.load_rows, name).startswith(f"{name}: no such file or folder")
+
+
+def test_a_folder_gives_the_rows_of_its_split_train_in_the_order_of_its_files(tmp_path):
+    for name, row in (("train-00001-of-00002", 2), ("train-00000-of-00002", 1), ("test-00000-of-00001", 3)):
+        write(tmp_path, f"data/{name}.jsonl.gz", gzip.compress(lines([{"n": row}])))
+    write(tmp_path, "README.md", b"# A data set")
+    assert helpers.load_rows(tmp_path) == [{"n": 1}, {"n": 2}]
+    write(tmp_path, "data/train-00001-of-00002.jsonl.gz", gzip.compress(b'{"n": 2}\n{"n": \n'))
+    assert "train-00001-of-00002.jsonl.gz, line 2: not valid JSON" in refusal(helpers.load_rows, tmp_path)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Speaks as much of the hub's HTTP API as a download needs."""
+
+    def do_GET(self) -> None:
+        name = self.path.partition("/resolve/")[2].partition("/")[2]
+        listed = [
+            {"type": "file", "path": n, "size": len(data), "oid": "0" * 40} for n, data in self.server.files.items()
+        ]
+        info = {"id": "me/rows", "sha": "c" * 40, "siblings": []}
+        body = self.server.files[name] if name else json.dumps(listed if "/tree/" in self.path else info).encode()
+        self.server.asked.append(name)
+        self.send_response(200)
+        self.send_header("ETag", f'"{name.replace("/", "-")}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_hub_data_set_gives_the_rows_as_they_are_and_is_read_again_without_network(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {
+        "data/train.jsonl": lines(MIXED),
+        "data/test.jsonl": lines([ROW]),
+        "model.bin": b"0" * 9,
+        "README.md": b"#",
+    }
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    code = "import json, helpers; print(json.dumps(helpers.load_rows('me/rows', 'main')))"
+    try:
+        for offline in "01":
+            environment = os.environ | home | {"HF_HUB_OFFLINE": offline}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            assert json.loads(done.stdout) == MIXED
+        assert "model.bin" not in server.asked
+    finally:
+        server.shutdown()
+
+
+MIXED = [
+    {
+        "id": 1,
+        "x": 1,
+        "conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "n": 0}],
+    },
+    {"id": None, "x": "1", "conversations": [{"role": "user", "content": "c"}], "more": {"a": [1.5]}},
+    {"id": 2**60 + 1, "x": [1], "conversations": []},
+]
+
+
+def test_mixed_types_and_nested_keys_of_a_folder_stay_as_they_are(tmp_path):
+    write(tmp_path, "train.jsonl", lines(MIXED))
+    assert helpers.load_rows(tmp_path) == MIXED
+
+
+def test_what_datasets_stores_as_json_in_parquet_is_read_as_values(tmp_path):
+    from datasets import load_dataset
+
+    write(tmp_path, "in/train.jsonl", lines(MIXED))
+    stored = load_dataset(str(tmp_path / "in"), split="train", cache_dir=str(tmp_path / "cache"))
+    stored.to_parquet(tmp_path / "out.parquet")
+    assert "json" in str(pq.read_schema(tmp_path / "out.parquet").field("conversations").type)
+    rows = helpers.load_rows(tmp_path / "out.parquet")
+    assert rows == stored.to_list()  # datasets itself reads "1" in a mixed column as 1
+    assert [row["conversations"] for row in rows] == [row["conversations"] for row in MIXED]
+
+
+# --- types ----------------------------------------------------------------------------------------------------------
+
+NO_TEXT = {"null": None, "a number": 5, "true or false": True, "a list": ["a"], "an object": {"a": 1}}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+@pytest.mark.parametrize("key", ["input", "output"])
+def test_what_is_no_text_is_refused_by_file_row_and_key(tmp_path, key, kind):
+    path = write(tmp_path, "qa.jsonl", lines([ROW, ROW | {key: NO_TEXT[kind]}]))
+    if (key, kind) == ("output", "a number"):
+        assert helpers.load_pairs(path)[1] == {"input": "山は？", "output": "5"}
+    else:
+        message = refusal(helpers.load_pairs, path)
+        assert message.startswith(f"{path}, line 2: ") and f"{key}) is {kind}, expected text" in message
+    if key == "input":
+        assert f"question (input) is {kind}, expected text" in refusal(helpers.read_tasks, path)
+
+
+def test_half_surrogate_pairs_are_refused(tmp_path):
+    for key in ("input", "output", "task_id"):
+        path = write(tmp_path, "a.jsonl", json.dumps(ROW | {key: "山\ud83d"}).encode())
+        assert "line 1: " in (message := refusal(helpers.read_tasks, path)) and "U+D83D, half a surrogate" in message
+        if key != "task_id":
+            assert "U+D83D" in refusal(helpers.load_pairs, path)
+
+
+@pytest.mark.parametrize(("given_id", "read"), [(7, 7), ("7", "7"), (7.0, 7), ("問1", "問1"), (-1, -1)])
+def test_task_ids_that_are_taken(tmp_path, given_id, read):
+    (task,) = helpers.read_tasks(write(tmp_path, "a.jsonl", lines([{"task_id": given_id, "input": "x"}])))
+    assert (task["task_id"], type(task["task_id"])) == (read, type(read))
+    assert task == {"task_id": read, "input": "x"}
+
+
+@pytest.mark.parametrize("given_id", [None, [1], {"a": 1}, True, 1.5, float("nan")])
+def test_task_ids_that_are_refused(tmp_path, given_id):
+    path = write(tmp_path, "a.jsonl", json.dumps({"task_id": given_id, "input": "x"}).encode())
+    assert refusal(helpers.read_tasks, path).startswith(f"{path}, line 1: task_id is ")
+
+
+def test_task_ids_of_a_table_are_numbers_again(tmp_path):
+    path = write(tmp_path, "a.csv", table([{"task_id": n, "input": "x", "output": f"0{n}"} for n in range(3)]))
+    assert [(task["task_id"], task["output"]) for task in helpers.read_tasks(path)] == [(0, "00"), (1, "01"), (2, "02")]
+
+
+@pytest.mark.parametrize(
+    ("output", "references"),
+    [
+        ("富士山", ["富士山"]),
+        (420, ["420"]),
+        (1.5, ["1.5"]),
+        (["富士山", " 420 ", ""], ["富士山", "420"]),
+        (None, []),
+        ([], []),
+    ],
+)
+def test_references_are_texts_numbers_or_a_list_of_them(tmp_path, output, references):
+    (task,) = helpers.read_tasks(write(tmp_path, "a.jsonl", lines([{"input": "x", "output": output}])))
+    assert helpers.references_of(task) == references
+
+
+@pytest.mark.parametrize("output", [{"a": 1}, [None], [["a"]], True])
+def test_references_that_are_refused(tmp_path, output):
+    path = write(tmp_path, "a.jsonl", lines([{"input": "x", "output": output}]))
+    assert "line 1: the reference answer is " in refusal(helpers.read_tasks, path)
+
+
+def test_of_several_references_the_best_counts_for_each_measure():
+    def scores(*references):
+        task = {"task_id": 0, "input": "x", "output": list(references)}
+        return helpers.score_texts([task], ["富士山です。"], [False])[0]
+
+    alone, both = [scores(text) for text in ("富士山です。", "犬と猫")], scores("犬と猫", "富士山です。")
+    assert both == alone[0] and both["chrf"] == pytest.approx(100) and alone[1]["chrf"] < 50
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+DEEP = json.loads("[" * 900 + "1" + "]" * 900)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (float("nan"), None),
+        ([1, -math.inf], [1, None]),
+        (b"\x89PNG", base64.b64encode(b"\x89PNG").decode()),
+        (datetime.datetime(2026, 11, 25, 1, 2), "2026-11-25 01:02:00"),
+        (datetime.date(2026, 11, 25), "2026-11-25"),
+        (decimal.Decimal("12.50"), "12.50"),
+        (np.int64(5), 5),
+        (np.array([1.5, 2]), [1.5, 2]),
+        (np.float32("nan"), None),
+        ("半\ud83d", "半\ud83d"),
+        ("\ufeff半\u2028", "\ufeff半\u2028"),
+        ([float("nan"), "半\ud83d"], [None, "半\ud83d"]),
+        (2**70, 2**70),
+        (1.0, 1.0),
+        (0.1, 0.1),
+        (DEEP, DEEP),
+    ],
+)
+def test_every_value_is_written_as_valid_json_in_utf8(tmp_path, value, written):
+    assert helpers.write_jsonl(tmp_path / "a.jsonl", [{"日本": value}]) == 1
+    text = (tmp_path / "a.jsonl").read_bytes().decode("utf-8")
+    assert text.startswith('{"日本": ') and text.count("\n") == 1
+    (row,) = helpers.load_rows(tmp_path / "a.jsonl")
+    assert row["日本"] == written and type(row["日本"]) is type(written)
+    assert json.loads(text, parse_constant=pytest.fail) == row if value is not DEEP else True
+
+
+def test_a_column_nested_a_thousand_deep_is_kept_and_dropped(tmp_path):
+    deep = b"[" * 1000 + b"]" * 1000
+    line = lines([FORMS["magpie"](QUESTIONS[0])])[:-2] + b', "deep": ' + deep + b"}\n"
+    rows = helpers.load_rows(write(tmp_path, "a.jsonl", line + b'{"deep": ' + deep + b"}\n"))
+    kept, dropped, _ = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+    for name, written in (("kept", kept), ("dropped", dropped)):
+        helpers.write_jsonl(tmp_path / name, written)
+        assert deep in (tmp_path / name).read_bytes() and len(helpers.load_rows(tmp_path / name)) == 1
+    too_deep = write(tmp_path, "b.jsonl", b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}")
+    assert "line 1: nested too deeply" in refusal(helpers.load_rows, too_deep)
+
+
+def test_parquet_values_survive_the_filter(tmp_path):
+    columns = {
+        "n": [2**60 + 1, None],
+        "x": [0.1, float("nan")],
+        "b": [b"\xff\x00", None],
+        "day": [datetime.date(2026, 1, 2), None],
+        "d": [decimal.Decimal("1.20"), None],
+        "conversations": [turns(QUESTIONS[0]), None],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = helpers.load_rows(tmp_path / "a.parquet")
+    kept, dropped, report = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+    helpers.save_filtered(tmp_path, kept, dropped, report)
+    (row,), (record,) = (helpers.load_rows(tmp_path / f"{name}_magpie.jsonl") for name in ("filtered", "dropped"))
+    values = {"n": 2**60 + 1, "x": 0.1, "b": "/wA=", "day": "2026-01-02", "d": "1.20"}
+    assert {name: row[name] for name in values} == values and type(row["n"]) is int
+    assert record["row"] == dict.fromkeys(columns)
+
+
+# --- nothing is lost ------------------------------------------------------------------------------------------------
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(codec=None), max_size=5)
+    | st.binary(max_size=3)
+    | st.dates()
+    | st.decimals(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+known_rows = st.builds(lambda form, q: FORMS[form](q), st.sampled_from(list(FORMS)), st.sampled_from(QUESTIONS))
+names = st.sampled_from([*helpers.CHATS, *helpers.QUESTIONS, *helpers.CONTEXTS, *helpers.ANSWERS, "history", "id"])
+broken_turns = st.fixed_dictionaries({}, optional=dict.fromkeys(("role", "from", "content", "value"), anything))
+wild_rows = st.dictionaries(names, anything | st.lists(broken_turns | anything, max_size=3), max_size=4)
+spoiled_rows = st.builds(lambda row, more: row | more, known_rows, wild_rows)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(known_rows | wild_rows | spoiled_rows, min_size=20, max_size=20), st.booleans())
+def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
+    """2,000 rows of every form and of none: each is kept or dropped, and the files are valid JSON in UTF-8."""
+    switches = {field.name: reviewed for field in fields(helpers.FilterRules) if field.default is False}
+    rules = helpers.FilterRules((("山", "丘"),), ("海",), rare_below=0, rare_after_below=2, **switches)
+    before = helpers.json_text(rows)
+    helpers.save_filtered(tmp_path, *helpers.filter_rows(rows, rules))
+    assert helpers.json_text(rows) == before
+    counts = {}
+    for name in ("filtered", "dropped"):
+        written = (tmp_path / f"{name}_magpie.jsonl").read_bytes().decode("utf-8").split("\n")[:-1]
+        counts[name] = [json.loads(line, parse_constant=pytest.fail) for line in written]
+    assert len(counts["filtered"]) + len(counts["dropped"]) == len(rows)
+    for record in counts["dropped"]:
+        assert record["row"] == json.loads(helpers.json_text(rows[record["number"] - 1]))
+    for row in counts["filtered"]:
+        assert isinstance(row["conversations"], list) and row["instruction"] and row["response"]
+
+
+# --- the window -----------------------------------------------------------------------------------------------------
+
+
+TINY = "data/tiny/gemma2"
+
+
+@pytest.mark.parametrize("loss_on", ["text", "answer"])
+def test_training_texts_beyond_the_window_are_listed_with_what_happens_to_them(loss_on):
+    """One text fits, of one the answer is cut, and of one the question alone fills the window."""
+    texts = [("山は？", "富士山"), ("山は？", ANSWER * 50), (QUESTIONS[0] * 50, "富士山")]
+    pairs = [{"instruction": question, "response": answer} for question, answer in texts]
+    values = {"helpers": helpers, "pd": pd, "tokenizer": helpers.load_tokenizer(TINY), "max_seq_length": 256}
+    values |= {"pairs": pairs, "filtered": pairs[:2], "qa": pairs[2:], "train_file": "a.jsonl", "qa_data": "b.jsonl"}
+    left = run_cell("03_sft", "window", **run_cell("03_sft", "tokenize", **values, loss_on=loss_on))
+    assert len(left["train_rows"]) == (2 if loss_on == "answer" else 3)
+    assert [row[:2] for row in left["too_long"]] == [["a.jsonl", 2], ["b.jsonl", 1]]
+    assert [row[4] for row in left["too_long"]] == ["cut", "left out" if loss_on == "answer" else "cut"]
+    assert [row[3] >= 256 for row in left["too_long"]] == [False, True]
+    assert all(row[2] > 256 for row in left["too_long"])
+    assert all(len(row["input_ids"]) == len(row["labels"]) <= 256 for row in left["train_rows"])
+    assert all(any(label != -100 for label in row["labels"]) for row in left["train_rows"])
+    if loss_on == "answer":
+        values |= {"pairs": pairs[2:], "filtered": [], "loss_on": loss_on}
+        alone = run_cell("03_sft", "tokenize", **values)
+        assert "raise max_seq_length = 256" in refusal(lambda: run_cell("03_sft", "window", **alone))
+
+
+def window_of_04(task_texts, answers=("富士山",), **values):
+    tasks = [{"task_id": f"問{n}", "input": text} for n, text in enumerate(task_texts)]
+    rows = [{"input": "山は？", "output": answer} for answer in answers]
+    values = {"helpers": helpers, "pd": pd, "model_name": TINY, "inputs": {"model": {"commit": ""}}, "k": 1} | values
+    values |= {"task_rows": tasks, "qa_rows": rows, "prompt_style": "2024", "tasks": "tasks.jsonl"}
+    values |= {"qa_data": "qa.jsonl", "max_seq_length": 512, "max_new_tokens": 128}
+    return run_cell("04_rag_inference", "fitting-examples", **run_cell("04_rag_inference", "window", **values))
+
+
+def test_tasks_beyond_the_window_are_named_before_the_model_is_loaded(capsys):
+    began = time.perf_counter()
+    message = refusal(window_of_04, ["山は？", "あ" * 300_000])
+    assert time.perf_counter() - began < 10
+    assert message.startswith("tasks.jsonl: no room to answer task_id 問1 (300,") and "max_seq_length = 512" in message
+    count = window_of_04(["山は？"])["count_tokens"]
+    prompt = count(helpers.build_prompt("", ()))
+    rare = "鬱"  # one token or more for each
+    tokens = count(helpers.build_prompt(rare * 10, ())) - prompt
+    fits = (512 - 16 - prompt) * 10 // tokens
+    left = window_of_04(["山は？", rare * (fits - 5)], ["富士山", ANSWER * 30])
+    assert left["too_long"].keys() == {"問1"} and 16 <= left["room"]["問1"] < 128
+    assert left["qa"] == [{"input": "山は？", "output": "富士山"}]
+    said = capsys.readouterr().out
+    assert f"answered without shots, in at most as many tokens: {{'問1': {left['room']['問1']}}}" in said
+    assert "1 of 2 examples fit into max_seq_length - max_new_tokens = 384 tokens" in said
+    assert "qa.jsonl: no example fits" in refusal(window_of_04, ["山は？"], [ANSWER * 30])
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def report_line(kind, path, rows_in):
+    """A line of the table: what was read, and what was said."""
+    with redirect_stdout(io.StringIO()) as said:
+        try:
+            read, message = len(helpers.load_pairs(path)), said.getvalue().removeprefix(f"{path}: ").strip()
+        except RecipeError as error:
+            read, message = "stops", str(error).replace(path, Path(path).name).partition("; known are")[0]
+    return f"| {kind} | {rows_in} | {said and read} | {message.replace('|', chr(92) + '|')} |"
+
+
+if __name__ == "__main__":
+    print("| form or file | rows in | rows read | what is said |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for form, make in FORMS.items():
+            print(report_line(form, write(folder, "a.jsonl", lines([make(q) for q in QUESTIONS])), 3))
+        for kind, (row, _) in UNKNOWN.items():
+            print(report_line(kind, write(folder, "a.jsonl", lines([row])), 1))
+        for kind, (name, write_rows) in FILES.items():
+            rows = [{"input": q, "output": ANSWER} for q in QUESTIONS]
+            print(report_line(kind, write(folder, name, write_rows(rows)), 3))
+        for kind, (name, data, _) in BAD_FILES.items():
+            print(report_line(kind, write(folder, name, data), ""))
+    for path in sys.argv[1:]:
+        print(report_line(Path(path).name, path, Path(path).read_bytes().count(b"\n")))
