@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import cycle, islice
 from numbers import Number
 from pathlib import Path
@@ -1797,25 +1797,6 @@ def frozen_weight(layer: Any, dtype: Any) -> Any:
     return (weight.data if packed is None else dequantize_4bit(weight.data, packed)).to(dtype)
 
 
-def lora_product(x: Any, layer: Any, scaling: float, a: Any, b: Any) -> Any:
-    """Wx + bias + scaling BAx for x (tokens, in): the product with B adds itself to the one with W."""
-    import torch
-
-    y = torch.nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.base_layer.bias)
-    return y.addmm_(x @ a.T, b.T, alpha=scaling)
-
-
-def lora_input_gradient(gradient: Any, layer: Any, scaling: float, a: Any, b: Any) -> tuple[Any, Any]:
-    """The gradient of x from that of `lora_product`, and that of scaling Ax, which is a step on the way."""
-    of_inner = (gradient @ b).mul_(scaling)
-    return (gradient @ frozen_weight(layer, gradient.dtype)).addmm_(of_inner, a), of_inner
-
-
-def lora_adapter_gradients(gradient: Any, of_inner: Any, x: Any, scaling: float, a: Any) -> tuple[Any, Any]:
-    """The float32 gradients of A and B."""
-    return (of_inner.T @ x).float(), (gradient.T @ (x @ a.T)).mul_(scaling).float()
-
-
 def gated(activation: Any, gate: Any, up: Any) -> Any:
     """What the last matrix of a gated MLP gets."""
     return activation(gate) * up
@@ -1830,47 +1811,38 @@ def gated_gradients(activation: Any, gate: Any, up: Any, gradient: Any) -> tuple
 
 
 @lru_cache
-def lora_functions(gpu: bool) -> tuple[Any, Any]:
-    """Two functions with backward passes of their own: an adapted layer of x, and of what `gated` makes of two tensors.
+def lora_function(gpu: bool) -> Callable[..., Any]:
+    """Autograd function of peft's layer, scaling, A, B, an activation and inputs (tokens, in): Wx + bias + scaling BAx.
 
-    The second keeps the two and not the result, so that an MLP keeps two of its four wide tensors.
+    Without an activation x is the input. With one it is what `gated` makes of two inputs; they are kept for the
+    backward pass and x is not, so that an MLP keeps two of its four wide tensors. The products with A and B add
+    themselves to those with W. The gradients of A and B are float32.
     """
     import torch
 
     # Compiled, each of the two is a single kernel.
-    inner, inner_gradients = (torch.compile(part, dynamic=True) if gpu else part for part in (gated, gated_gradients))
+    make, make_gradients = (torch.compile(part, dynamic=True) if gpu else part for part in (gated, gated_gradients))
 
     class Lora(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Any, layer: Any, scaling: float, a: Any, b: Any) -> Any:
+        def forward(ctx: Any, layer: Any, scaling: float, a: Any, b: Any, activation: Any, *inputs: Any) -> Any:
+            x = make(activation, *inputs) if activation else inputs[0]
             a, b = a.to(x.dtype), b.to(x.dtype)
-            ctx.layer, ctx.scaling = layer, scaling
-            ctx.save_for_backward(x, a, b)
-            return lora_product(x, layer, scaling, a, b)
+            ctx.constants = layer, scaling, activation
+            ctx.save_for_backward(a, b, *inputs)
+            y = torch.nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.base_layer.bias)
+            return y.addmm_(x @ a.T, b.T, alpha=scaling)
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            x, a, b = ctx.saved_tensors
-            of_x, of_inner = lora_input_gradient(gradient, ctx.layer, ctx.scaling, a, b)
-            return of_x, None, None, *lora_adapter_gradients(gradient, of_inner, x, ctx.scaling, a)
+            (layer, scaling, activation), (a, b, *inputs) = ctx.constants, ctx.saved_tensors
+            inner = (gradient @ b).mul_(scaling)  # the gradient of Ax
+            of_x = (gradient @ frozen_weight(layer, gradient.dtype)).addmm_(inner, a)
+            x, *of_inputs = make_gradients(activation, *inputs, of_x) if activation else (inputs[0], of_x)
+            of_b = (gradient.T @ (x @ a.T)).mul_(scaling)
+            return None, None, (inner.T @ x).float(), of_b.float(), None, *of_inputs
 
-    class GatedLora(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, gate: Any, up: Any, activation: Any, layer: Any, scaling: float, a: Any, b: Any) -> Any:
-            a, b = a.to(gate.dtype), b.to(gate.dtype)
-            ctx.activation, ctx.layer, ctx.scaling = activation, layer, scaling
-            ctx.save_for_backward(gate, up, a, b)
-            return lora_product(inner(activation, gate, up), layer, scaling, a, b)
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:
-            gate, up, a, b = ctx.saved_tensors
-            of_x, of_inner = lora_input_gradient(gradient, ctx.layer, ctx.scaling, a, b)
-            x, of_gate, of_up = inner_gradients(ctx.activation, gate, up, of_x)
-            of_adapter = lora_adapter_gradients(gradient, of_inner, x, ctx.scaling, a)
-            return of_gate, of_up, None, None, None, *of_adapter
-
-    return Lora.apply, GatedLora.apply
+    return Lora.apply
 
 
 def is_plain_lora(layer: Any) -> bool:
@@ -1887,45 +1859,41 @@ def is_plain_lora(layer: Any) -> bool:
 
 
 def add_adapter_in_place(model: Any) -> int:
-    """Let the layers of a model with peft's adapter compute it, for more than 256 tokens, without peft's copies.
+    """Let the layers of a model with peft's adapter use `lora_function` where more than 256 tokens come at once.
 
-    peft copies Wx, scales BAx and adds both into a third tensor; here the product with B adds itself to Wx, and so in
-    the backward pass. The weights stay peft's own. What is more than a plain adapter (dropout, DoRA, 8 bit) and an MLP
-    that computes something else than `gated` are left as they are. Returns how many layers and MLPs were changed.
+    peft copies Wx, scales BAx and adds both into a third tensor. The weights stay peft's own. What is more than a plain
+    adapter (dropout, DoRA, 8 bit), and an MLP that computes something else than `gated`, are left as they are. Returns
+    how many layers and MLPs were changed.
     """
     import torch
 
-    lora, gated_lora = lora_functions(model.device.type == "cuda")
-    activations: dict[str, Any] = {}  # equal ones become one object, for which nothing is compiled again
+    lora, activations = lora_function(model.device.type == "cuda"), {}
 
-    def flat(x: Any) -> Any:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return x.reshape(-1, x.shape[-1]).to(dtype)
+    def compute(layer: Any, activation: Any, *inputs: Any) -> Any:
+        name, kind = layer.active_adapters[0], inputs[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs[0].dtype
+        flat = [x.reshape(-1, x.shape[-1]).to(dtype) for x in inputs]
+        adapter = layer.scaling[name], layer.lora_A[name].weight, layer.lora_B[name].weight
+        return lora(layer, *adapter, activation, *flat).view(*inputs[0].shape[:-1], -1)
 
-    def parts(layer: Any) -> tuple[Any, ...]:
-        name = layer.active_adapters[0]
-        return layer, layer.scaling[name], layer.lora_A[name].weight, layer.lora_B[name].weight
+    def compute_mlp(gate: Any, up: Any, down: Any, activation: Any, x: Any) -> Any:
+        return compute(down, activation, gate(x), up(x))
 
     def replace(module: Any, layer: Any, fast: Callable[[Any], Any]) -> None:
-        own = (
-            module.forward
-        )  # for a few tokens, which bitsandbytes multiplies faster; it can leave the adapter out, too
+        own = module.forward  # bitsandbytes is faster for a few tokens, and peft can switch the adapter off
         module.forward = lambda x: own(x) if x.shape[:-1].numel() <= 256 or layer.disable_adapters else fast(x)
 
-    plain = [module for module in model.modules() if is_plain_lora(module)]
-    changed = len(plain)
-    for layer in plain:
-        replace(layer, layer, lambda x, layer=layer: lora(flat(x), *parts(layer)).view(*x.shape[:-1], -1))
+    layers = [module for module in model.modules() if is_plain_lora(module)]
+    for layer in layers:
+        replace(layer, layer, partial(compute, layer, None))
+    changed = len(layers)
     for mlp in model.modules():
         gate, up, down = (getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down"))
         if not (all(map(is_plain_lora, (gate, up, down))) and hasattr(mlp, "act_fn")):
             continue
+        # Equal activations become one object, for which nothing is compiled again.
         activation = activations.setdefault(repr(mlp.act_fn), mlp.act_fn)
-
-        def fast(x: Any, gate: Any = gate, up: Any = up, down: Any = down, activation: Any = activation) -> Any:
-            return gated_lora(flat(gate(x)), flat(up(x)), activation, *parts(down)).view(x.shape)
-
+        fast = partial(compute_mlp, gate, up, down, activation)
         with torch.no_grad():
             x = torch.linspace(-2, 2, 300 * gate.in_features, dtype=model.dtype, device=model.device).view(-1, 300).T
             expected = mlp(x)
@@ -1950,7 +1918,7 @@ class KeptLayers:
         self.layers = [layer for layer in trainer.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         self.parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         self.margin, self.alone = margin_gib * 2**30, trainer.args.world_size == 1
-        self.layer_bytes, self.rest_bytes, self.rest_tokens, self.peak = 0.0, 0.0, 1, 0
+        self.layer_bytes, self.rest_bytes, self.rest_tokens = 0.0, 0.0, 0
         self.layers[-1].register_forward_pre_hook(self.measure_layer)
         self.layers[-1].register_forward_hook(self.measure_layer)
         self.step, trainer.training_step = trainer.training_step, self.training_step
@@ -1958,34 +1926,34 @@ class KeptLayers:
     def measure_layer(self, layer: Any, _inputs: Any, output: Any = None) -> None:
         import torch
 
-        allocated = torch.cuda.memory_allocated()
         if output is None:
-            self.before = allocated
-        elif not layer.gradient_checkpointing:
-            self.layer_bytes = (allocated - self.before) / self.tokens
+            self.before = torch.cuda.memory_allocated()
+        elif layer.training and not layer.gradient_checkpointing:
+            self.layer_bytes = (torch.cuda.memory_allocated() - self.before) / self.tokens
 
-    def checkpoint_all_but(self, kept: int) -> None:
-        self.kept = kept
+    def keep(self, number: int) -> None:
+        self.kept = number
         for index, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = index < len(self.layers) - kept
+            layer.gradient_checkpointing = index < len(self.layers) - number
 
     def number_that_fits(self, used: int) -> int:
         import torch
 
-        if not self.peak:  # loading the model may have taken more
-            torch.cuda.reset_peak_memory_stats()
         if not self.layer_bytes:  # the first row measures
             return 1
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
         rest = self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)
         return int(min(max((free - rest) / (self.layer_bytes * self.tokens), 0), len(self.layers)))
 
-    def training_step(self, model: Any, inputs: Mapping[str, Any], *arguments: Any, **named: Any) -> Any:
+    def training_step(self, model: Any, inputs: Mapping[str, Any], *arguments: Any) -> Any:
         """The trainer's own training step, planned before and measured after."""
         import torch
 
+        if not self.rest_tokens:  # loading the model may have taken more
+            torch.cuda.reset_peak_memory_stats()
         self.tokens, used = inputs["input_ids"].numel(), torch.cuda.memory_allocated()
-        self.checkpoint_all_but(self.number_that_fits(used))
+        before = torch.cuda.max_memory_allocated()
+        self.keep(self.number_that_fits(used))
         sums = [parameter.grad for parameter in self.parameters]
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         while True:
@@ -1993,13 +1961,13 @@ class KeptLayers:
                 for parameter in self.parameters:
                     parameter.grad = None
             try:
-                loss = self.step(model, inputs, *arguments, **named)
+                loss = self.step(model, inputs, *arguments)
                 break
             except torch.OutOfMemoryError:
                 if not (self.kept and self.alone):
                     raise
             self.margin += 2**30
-            self.checkpoint_all_but(self.kept // 2)
+            self.keep(self.kept // 2)
             gc.collect()
             torch.cuda.empty_cache()
             torch.set_rng_state(random_states[0])
@@ -2007,10 +1975,9 @@ class KeptLayers:
         if self.alone and sums[0] is not None:
             torch._foreach_add_([parameter.grad for parameter in self.parameters], sums)
         peak = torch.cuda.max_memory_allocated()
-        if peak > self.peak and self.tokens >= self.rest_tokens:  # so it is this row's
+        if peak > before and self.tokens >= self.rest_tokens:  # so the peak is this row's
             self.rest_bytes = peak - used - self.kept * self.layer_bytes * self.tokens
             self.rest_tokens = self.tokens
-        self.peak = peak
         return loss
 
 
