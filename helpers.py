@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import cycle, islice
 from numbers import Number
 from pathlib import Path
@@ -1792,6 +1792,199 @@ def train(trainer: Any, checkpoint: Path | None) -> None:
         trainer.state = state
 
 
+def frozen_weight(layer: Any, dtype: Any) -> Any:
+    """The matrix W (out, in) of one of peft's layers, unpacked if it is stored in 4 bit."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = layer.base_layer.weight
+    packed = getattr(weight, "quant_state", None)
+    return (weight.data if packed is None else dequantize_4bit(weight.data, packed)).to(dtype)
+
+
+def gated(activation: Any, gate: Any, up: Any) -> Any:
+    """What the last matrix of a gated MLP gets."""
+    return activation(gate) * up
+
+
+def gated_gradients(activation: Any, gate: Any, up: Any, gradient: Any) -> tuple[Any, Any, Any]:
+    """The result of `gated` once more, and the gradients of `gate` and `up` from that of the result."""
+    import torch
+
+    result, pull = torch.func.vjp(lambda *both: gated(activation, *both), gate, up)
+    return result, *pull(gradient)
+
+
+@lru_cache
+def lora_function(gpu: bool) -> Callable[..., Any]:
+    """Autograd function of peft's layer, scaling, A, B, an activation and inputs (tokens, in): Wx + bias + scaling BAx.
+
+    Without an activation x is the input. With one it is what `gated` makes of two inputs; they are kept for the
+    backward pass and x is not, so that an MLP keeps two of its four wide tensors. The products with A and B add
+    themselves to those with W. The gradients of A and B are float32.
+    """
+    import torch
+
+    # Compiled, each of the two is a single kernel.
+    make, make_gradients = (torch.compile(part, dynamic=True) if gpu else part for part in (gated, gated_gradients))
+
+    class Lora(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, layer: Any, scaling: float, a: Any, b: Any, activation: Any, *inputs: Any) -> Any:
+            x = make(activation, *inputs) if activation else inputs[0]
+            a, b = a.to(x.dtype), b.to(x.dtype)
+            ctx.constants = layer, scaling, activation
+            ctx.save_for_backward(a, b, *inputs)
+            y = torch.nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.base_layer.bias)
+            return y.addmm_(x @ a.T, b.T, alpha=scaling)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            (layer, scaling, activation), (a, b, *inputs) = ctx.constants, ctx.saved_tensors
+            inner = (gradient @ b).mul_(scaling)  # the gradient of Ax
+            of_x = (gradient @ frozen_weight(layer, gradient.dtype)).addmm_(inner, a)
+            x, *of_inputs = make_gradients(activation, *inputs, of_x) if activation else (inputs[0], of_x)
+            of_b = (gradient.T @ (x @ a.T)).mul_(scaling)
+            return None, None, (inner.T @ x).float(), of_b.float(), None, *of_inputs
+
+    return Lora.apply
+
+
+def is_plain_lora(layer: Any) -> bool:
+    """Whether `layer` is one of peft's that computes Wx + bias + scaling BAx, with one adapter, and nothing else."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer) or type(layer.base_layer) not in (torch.nn.Linear, Linear4bit):
+        return False
+    name, *others = layer.active_adapters
+    dropout = not isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    return not (others or dropout or layer.merged or layer.lora_variant or layer.lora_bias[name])
+
+
+def add_adapter_in_place(model: Any) -> int:
+    """Let the layers of a model with peft's adapter use `lora_function` where more than 256 tokens come at once.
+
+    peft copies Wx, scales BAx and adds both into a third tensor. The weights stay peft's own. What is more than a plain
+    adapter (dropout, DoRA, 8 bit), and an MLP that computes something else than `gated`, are left as they are. Returns
+    how many layers and MLPs were changed.
+    """
+    import torch
+
+    lora, activations = lora_function(model.device.type == "cuda"), {}
+
+    def compute(layer: Any, activation: Any, *inputs: Any) -> Any:
+        name, kind = layer.active_adapters[0], inputs[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs[0].dtype
+        flat = [x.reshape(-1, x.shape[-1]).to(dtype) for x in inputs]
+        adapter = layer.scaling[name], layer.lora_A[name].weight, layer.lora_B[name].weight
+        return lora(layer, *adapter, activation, *flat).view(*inputs[0].shape[:-1], -1)
+
+    def compute_mlp(gate: Any, up: Any, down: Any, activation: Any, x: Any) -> Any:
+        return compute(down, activation, gate(x), up(x))
+
+    def replace(module: Any, layer: Any, fast: Callable[[Any], Any]) -> None:
+        own = module.forward  # bitsandbytes is faster for a few tokens, and peft can switch the adapter off
+        module.forward = lambda x: own(x) if x.shape[:-1].numel() <= 256 or layer.disable_adapters else fast(x)
+
+    layers = [module for module in model.modules() if is_plain_lora(module)]
+    for layer in layers:
+        replace(layer, layer, partial(compute, layer, None))
+    changed = len(layers)
+    for mlp in model.modules():
+        gate, up, down = (getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down"))
+        if not (all(map(is_plain_lora, (gate, up, down))) and hasattr(mlp, "act_fn")):
+            continue
+        # Equal activations become one object, for which nothing is compiled again.
+        activation = activations.setdefault(repr(mlp.act_fn), mlp.act_fn)
+        fast = partial(compute_mlp, gate, up, down, activation)
+        with torch.no_grad():
+            x = torch.linspace(-2, 2, 300 * gate.in_features, dtype=model.dtype, device=model.device).view(-1, 300).T
+            expected = mlp(x)
+            if (fast(x) - expected).norm() < 0.05 * expected.norm():
+                replace(mlp, down, fast)
+                changed += 1
+    return changed
+
+
+class KeptLayers:
+    """Gradient checkpointing in only as many layers as the GPU's memory requires, decided anew for every row.
+
+    A checkpointed layer keeps its input alone and is computed again in the backward pass; a kept layer saves that time.
+    How many bytes a kept layer takes per token, and how many the rest of a step, is measured while training. A row that
+    does not fit all the same is computed again with fewer kept layers, with the same noise and on top of the same
+    gradients. Of several processes each decides for itself, but an error stays one: the others wait for this one.
+    """
+
+    def __init__(self, trainer: Any, margin_gib: float = 2.0):
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.layers = [layer for layer in trainer.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        self.parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        self.margin, self.alone = margin_gib * 2**30, trainer.args.world_size == 1
+        self.layer_bytes, self.rest_bytes, self.rest_tokens = 0.0, 0.0, 0
+        self.layers[-1].register_forward_pre_hook(self.measure_layer)
+        self.layers[-1].register_forward_hook(self.measure_layer)
+        self.step, trainer.training_step = trainer.training_step, self.training_step
+
+    def measure_layer(self, layer: Any, _inputs: Any, output: Any = None) -> None:
+        import torch
+
+        if output is None:
+            self.before = torch.cuda.memory_allocated()
+        elif layer.training and not layer.gradient_checkpointing:
+            self.layer_bytes = (torch.cuda.memory_allocated() - self.before) / self.tokens
+
+    def keep(self, number: int) -> None:
+        self.kept = number
+        for index, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = index < len(self.layers) - number
+
+    def number_that_fits(self, used: int) -> int:
+        import torch
+
+        if not self.layer_bytes:  # the first row measures
+            return 1
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
+        rest = self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)
+        return int(min(max((free - rest) / (self.layer_bytes * self.tokens), 0), len(self.layers)))
+
+    def training_step(self, model: Any, inputs: Mapping[str, Any], *arguments: Any) -> Any:
+        """The trainer's own training step, planned before and measured after."""
+        import torch
+
+        if not self.rest_tokens:  # loading the model may have taken more
+            torch.cuda.reset_peak_memory_stats()
+        self.tokens, used = inputs["input_ids"].numel(), torch.cuda.memory_allocated()
+        before = torch.cuda.max_memory_allocated()
+        self.keep(self.number_that_fits(used))
+        sums = [parameter.grad for parameter in self.parameters]
+        random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        while True:
+            if self.alone:  # half a backward pass must leave nothing in the sums
+                for parameter in self.parameters:
+                    parameter.grad = None
+            try:
+                loss = self.step(model, inputs, *arguments)
+                break
+            except torch.OutOfMemoryError:
+                if not (self.kept and self.alone):
+                    raise
+            self.margin += 2**30
+            self.keep(self.kept // 2)
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.set_rng_state(random_states[0])
+            torch.cuda.set_rng_state_all(random_states[1])
+        if self.alone and sums[0] is not None:
+            torch._foreach_add_([parameter.grad for parameter in self.parameters], sums)
+        peak = torch.cuda.max_memory_allocated()
+        if peak > before and self.tokens >= self.rest_tokens:  # so the peak is this row's
+            self.rest_bytes = peak - used - self.kept * self.layer_bytes * self.tokens
+            self.rest_tokens = self.tokens
+        return loss
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 5. Retrieve and answer
 # --------------------------------------------------------------------------------------------------------------------
@@ -2841,10 +3034,11 @@ def example_attention(
     position_ids: Any = None,
     **others: Any,
 ) -> tuple[Any, None]:
-    """Causal `capped_attention` for training rows that hold several examples end to end.
+    """Causal attention for rows that hold several examples end to end, with softcapping and a sliding window.
 
-    An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. Every example gets its
-    own scores, so the work grows with the square of an example's length, not of the row's, and nothing is compiled.
+    An example begins wherever `position_ids` (1, tokens) is 0; no token sees another example. On a GPU (Ampere and
+    later) torch's flex attention skips what is hidden; elsewhere every example gets its own scores by
+    `capped_attention`, and nothing is compiled. The work grows with the square of an example's length, not of a row's.
     Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
@@ -2852,6 +3046,11 @@ def example_attention(
 
     refuse_arguments(others | {"attention_mask": attention_mask})
     tokens = query.shape[2]
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        options = {"block_mask": example_mask(position_ids, sliding_window or tokens), "enable_gqa": True}
+        if softcap is not None:
+            options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
+        return compiled_attention()(query, key, value, scale=scaling, **options).transpose(1, 2), None
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
     results = []
@@ -2861,6 +3060,31 @@ def example_attention(
         hidden = (distance < 0) | (distance >= (sliding_window or tokens))
         results.append(capped_attention(q, k, v, hidden, scaling, softcap))
     return torch.cat(results, dim=2).transpose(1, 2), None
+
+
+@lru_cache(maxsize=4)
+def example_mask(position_ids: Any, window: int) -> Any:
+    """For flex attention: which blocks of a row's keys a block of its queries sees; made once for all layers."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    example = (position_ids[0] == 0).cumsum(0)
+    width = torch.tensor(window, device=example.device)  # a number would be compiled in, and so once for each window
+
+    def seen(_row: Any, _head: Any, query: Any, key: Any) -> Any:
+        return (example[query] == example[key]) & (query >= key) & (query - key < width)
+
+    return create_block_mask(seen, None, None, len(example), len(example), device=example.device)
+
+
+@lru_cache
+def compiled_attention() -> Any:
+    """torch's flex attention, compiled at its first call for rows of any length."""
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.specialize_float = True  # the cap is a constant of the kernel
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def start_engine(engine: str) -> None:
@@ -3221,33 +3445,21 @@ def slot_attention(
     scaling: float,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    position_ids: Any = None,
     slot_decoder: Any = None,
     **others: Any,
 ) -> tuple[Any, None]:
-    """`capped_attention` for a `SlotDecoder`; returns (rows, tokens, heads, width).
+    """The attention of a `SlotDecoder`; returns (rows, tokens, heads, width).
 
     One new token per row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width).
-    One prompt: query (1, heads, tokens, width), key and value (1, key heads, tokens, width).
+    One prompt: `example_attention` with a single example.
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
-    import torch
-
     refuse_arguments(others | {"attention_mask": attention_mask})
     if slot_decoder.slot is None:
         hidden = slot_decoder.hidden(sliding_window)
         return capped_attention(query, key, value, hidden, scaling, softcap).transpose(1, 2), None
-    tokens = query.shape[2]
-    window = sliding_window or tokens
-    position = torch.arange(tokens, device=query.device)
-    results = []
-    for start in range(0, tokens, 512):  # the scores of a whole prompt would not fit into the memory
-        end = start + 512
-        seen = slice(max(0, start - window + 1), end)
-        distance = position[start:end, None] - position[seen]
-        hidden = (distance < 0) | (distance >= window)
-        q, k, v = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
-        results.append(capped_attention(q, k, v, hidden, scaling, softcap))
-    return torch.cat(results, dim=2).transpose(1, 2), None
+    return example_attention(module, query, key, value, None, scaling, softcap, sliding_window, position_ids)
 
 
 class SlotDecoder:

@@ -1,9 +1,9 @@
 """Measure answering at Gemma-2-27B size with random weights: one task at a time as in 2024, beside slots.
 
     python benchmarks/generate.py                      # one GPU with 40 GB or more
-    python benchmarks/generate.py --memory-gib 24      # as if the GPU had 24 GiB
     python benchmarks/generate.py --tiny               # a tiny model on the CPU: both must give the same answers
 
+One task at a time as in 2024, batches of the model's own generate(), and slots within all memory, 40 and 24 GiB.
 Prompts have about 3,000 tokens, answers 10 to 400 (random weights never end an answer, so the length is set).
 Both loops carry the LoRA adapter, the repetition penalty and the banned words of the recipe. The 2024 loop is measured
 on a few tasks and projected to all; tokens/s count the time for the prompts too.
@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 import time
 from datetime import date
 from importlib.metadata import version
@@ -117,17 +116,62 @@ def loop_2024(folder: str, engine: str, tiny: bool, count: int, measured: int) -
     }
 
 
+def batches(folder: str, tiny: bool, count: int, size: int) -> dict:
+    """Padded batches of `generate()`: the prompts and 32 tokens of one batch are measured, the rest is projected."""
+    import torch
+
+    model = load(folder, "transformers", tiny)
+    prompts, lengths = make_tasks(count, tiny, model.config.vocab_size)
+    size = min(size, count)
+    options = {"do_sample": False, "bad_words_ids": BANNED, "repetition_penalty": 1.1}
+    options |= {"eos_token_id": None, "pad_token_id": 0}
+
+    def run(first: int, new_tokens: int) -> tuple[list[list[int]], float]:
+        batch = prompts[first : first + size]
+        longest = max(map(len, batch))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch], device=model.device)
+        started = time.time()
+        with torch.inference_mode():
+            answers = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=new_tokens, **options)
+        return answers[:, longest:].tolist(), time.time() - started
+
+    answers = {}
+    if tiny:
+        for first in range(0, count, size):
+            found, _ = run(first, max(lengths))
+            answers |= {first + row: tokens[: lengths[first + row]] for row, tokens in enumerate(found)}
+    while True:
+        try:
+            run(0, 2)  # warms up
+            break
+        except torch.OutOfMemoryError:
+            size //= 2
+        torch.cuda.empty_cache()
+    prompt_seconds, step = run(0, 1)[1], (run(0, 33)[1] - run(0, 1)[1]) / 32
+    steps = sum(max(lengths[first : first + size]) - 1 for first in range(0, count, size))
+    total = prompt_seconds * count / size + steps * step
+    return {
+        "size": size,
+        "seconds": round(total, 1),
+        "tokens_per_second": round(sum(lengths) / total, 1),
+        "prompt_seconds": round(prompt_seconds / size, 3),
+        "peak_gib": peak_gib(),
+        "answers": answers if tiny else None,
+    }
+
+
 def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -> dict:
     """All tasks through `answer_in_slots`."""
     import torch
     from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-    from helpers import Decoding, answer_in_slots, slots_that_fit
+    from helpers import Decoding, SlotDecoder, add_adapter_in_place, answer_in_slots, slots_that_fit
 
     if memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / total)
     model = load(folder, "transformers", tiny)
+    add_adapter_in_place(model)  # as notebook 4 does
     prompts, lengths = make_tasks(count, tiny, model.config.vocab_size)
     process = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.1), NoBadWordsLogitsProcessor(BANNED)])
     columns = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
@@ -137,14 +181,29 @@ def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -
         return torch.zeros(len(history), dtype=torch.bool, device=history.device)
 
     decoding = Decoding(answer_in_slots, number, process, never)
-    list(answer_in_slots(model, [prompts[0][:2048]], lambda _index: 3, decoding._replace(parallel=1)))  # warms up
     started = time.time()
-    answers = dict(answer_in_slots(model, prompts, lengths.__getitem__, decoding))
-    seconds = time.time() - started
+    warm_up = [prompts[0][:2048], prompts[0][:1000], prompts[0]]  # compiles
+    list(answer_in_slots(model, warm_up, lambda _index: 3, decoding._replace(parallel=1)))
+    compile_seconds = time.time() - started
+    decoder = SlotDecoder(model, 1, len(prompts[0]))
+    reading = []
+    for _ in range(3):
+        started = time.time()
+        decoder.read_prompt(0, prompts[0]).tolist()
+        reading.append(time.time() - started)
+    decoder.close()
+    del decoder
+    measured = count // 4 if 0 < memory_gib < 30 else count  # with few slots a part shows the rate
+    started = time.time()
+    answers = dict(answer_in_slots(model, prompts[:measured], lengths.__getitem__, decoding))
+    rate = sum(lengths[:measured]) / (time.time() - started)
     return {
         "slots": number,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(sum(lengths) / seconds, 1),
+        "seconds": round(sum(lengths) / rate, 1),
+        "compile_seconds": round(compile_seconds, 1),
+        "prompt_seconds": round(min(reading), 3),
+        "prompt_tokens": len(prompts[0]),
+        "tokens_per_second": round(rate, 1),
         "peak_gib": peak_gib(),
         "answers": answers if tiny else None,
     }
@@ -162,9 +221,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--slots", type=int, default=40, help="answers at once, fewer if memory is short")
-    parser.add_argument("--memory-gib", type=float, default=0, help="use no more GPU memory than this")
+    parser.add_argument("--folder", help="keep the checkpoint there, and use the one that is there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     count = 12 if options.tiny else options.tasks
     if options.child == "build":
@@ -173,45 +231,52 @@ def main() -> None:
         else:
             gpu.build_checkpoint(Path(options.folder), gpu.GEMMA_2_27B, "cuda")
         print(json.dumps({}))
-    elif options.child == "slots":
-        wanted = 4 if options.tiny else options.slots
-        print(json.dumps(slots(options.folder, options.tiny, count, wanted, options.memory_gib)))
-    elif options.child:
+    elif options.child == "unsloth":
         print(json.dumps(loop_2024(options.folder, options.child, options.tiny, count, measured=3)))
+    elif options.child == "batches":
+        print(json.dumps(batches(options.folder, options.tiny, count, size=16)))
+    elif options.child:
+        wanted, memory_gib = 4 if options.tiny else options.slots, int(options.child.removeprefix("slots "))
+        print(json.dumps(slots(options.folder, options.tiny, count, wanted, memory_gib)))
     else:
         run_all(options)
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Build the checkpoint, run both loops alone and print the table."""
+    """Build the checkpoint, run every loop alone and print the table."""
     import torch
 
-    passed_on = ["--tasks", str(options.tasks), "--slots", str(options.slots), "--memory-gib", str(options.memory_gib)]
-    passed_on += ["--tiny"] if options.tiny else []
-    with tempfile.TemporaryDirectory() as folder:
-        gpu.run_alone(__file__, ["--child", "build", "--folder", folder, *passed_on], 300)
-        results = {
-            name: gpu.run_alone(__file__, ["--child", child, "--folder", folder, *passed_on], 900)
-            for name, child in {"2024: unsloth, one at a time": "unsloth", "slots": "slots"}.items()
-        }
+    passed_on = ["--tasks", str(options.tasks), "--slots", str(options.slots), *["--tiny"] * options.tiny]
+    loops = {
+        "2024: unsloth, one at a time": "unsloth",
+        "padded batches of generate()": "batches",
+        "slots": "slots 0",
+        "slots, 40 GiB": "slots 40",
+        "slots, 24 GiB": "slots 24",
+    }
+    results = {}
+    with gpu.checkpoint_folder(__file__, options.folder, passed_on) as folder:
+        for name, child in loops.items():
+            if not (options.tiny and child in ("slots 40", "slots 24")):
+                results[name] = gpu.run_alone(__file__, ["--child", child, "--folder", folder, *passed_on], 900)
+                print(json.dumps({"loop": name} | results[name] | {"answers": None}), file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, tiny model"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    limit = f", limited to {options.memory_gib:g} GiB" if options.memory_gib else ""
-    print(f"\n{device}{limit}, {date.today()}; {packages}\n")
-    print("| answers | tokens/s | ratio | seconds for all tasks | peak GiB |\n|---|---|---|---|---|")
+    print(f"\n{device}, {date.today()}; {packages}; {options.tasks} tasks\n")
+    print("| answers | at once | tokens/s | ratio | seconds for all tasks | a prompt, s | peak GiB |")
+    print("|---|---|---|---|---|---|---|")
     base = next(iter(results.values())).get("tokens_per_second")
     for name, row in results.items():
-        answers = row.pop("answers", None)
-        print(json.dumps({"loop": name} | row), file=sys.stderr)
-        row["answers"] = answers
         if "error" in row:
-            print(f"| {name} | failed: {row['error'].splitlines()[-1]} | | | |")
+            print(f"| {name} | failed: {row['error'].splitlines()[-1]} | | | | | |")
         else:
             rate = row["tokens_per_second"]
-            print(f"| {name} | {rate} | {rate / base:.1f} | {row['seconds']} | {row['peak_gib']} |")
+            figures = [row.get("slots", row.get("size", 1)), rate, f"{rate / base:.1f}" if base else ""]
+            figures += [row["seconds"], row["prompt_seconds"], row["peak_gib"]]
+            print(f"| {name} | " + " | ".join(map(str, figures)) + " |")
     if options.tiny:
-        first, second = (row["answers"] for row in results.values())
-        if first != second:
+        first, *others = (row["answers"] for row in results.values())
+        if any(other != first for other in others):
             sys.exit("the answers differ")
         print(f"\nThe {len(first)} answers are equal.")
 

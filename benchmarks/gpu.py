@@ -18,11 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import helpers
 
 GEMMA_2_27B = {
     "num_hidden_layers": 46,
@@ -46,28 +50,19 @@ TINY = GEMMA_2_27B | {
     "vocab_size": 512,
 }
 # Every setting trains 32 examples a step; only how they reach the GPU differs.
+FAST = {
+    "attention": "examples",
+    "padding_free": True,
+    "use_liger_kernel": True,
+    "liger_kernel_config": {"geglu": False},  # slower here than torch's own
+}
 SETTINGS = {
     "transformers, 2024": {"attention": "eager", "kbit_fp32": True, "batch": 4, "loss_type": "nll"},
-    "grouped by length": {
-        "attention": "eager",
-        "batch": 4,
-        "loss_type": "chunked_nll",
-        "train_sampling_strategy": "group_by_length",
-    },
-    "padding-free, attention by example": {
-        "attention": "examples",
-        "batch": 8,
-        "loss_type": "chunked_nll",
-        "padding_free": True,
-    },
-    "+ liger kernels, 16 examples a row (chosen)": {
-        "attention": "examples",
-        "batch": 16,
-        "padding_free": True,
-        "use_liger_kernel": True,
-        "liger_kernel_config": {"geglu": False},  # slower here than torch's own
-    },
     "unsloth, 2024": {"engine": "unsloth", "batch": 4},
+    "here, 38 GiB": FAST | {"batch": 8, "memory_gib": 38},
+    "here, 16 texts per row, 38 GiB": FAST | {"batch": 16, "memory_gib": 38},
+    "here": FAST | {"batch": 8},
+    "here, 16 texts per row": FAST | {"batch": 16},
 }
 EXAMPLES_A_STEP = 32
 MAX_LENGTH = 2048
@@ -164,9 +159,7 @@ def load_for_training(folder: str, setting: dict):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    from helpers import example_attention
-
-    AttentionInterface.register("examples", example_attention)
+    AttentionInterface.register("examples", helpers.example_attention)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
@@ -191,10 +184,13 @@ def train(folder: str, name: str, steps: int) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     cuda = torch.cuda.is_available()
+    others = 0  # bytes that other programs would use on a smaller GPU
+    if cuda and "memory_gib" in setting:
+        others = torch.cuda.mem_get_info()[0] - int(setting["memory_gib"] * 2**30)
+        ballast = torch.empty(others, dtype=torch.uint8, device="cuda")  # noqa: F841  (alive until the function ends)
     started = time.time()
     model, tokenizer = load_for_training(folder, setting)
     load_seconds = time.time() - started
-    loaded_gib = torch.cuda.memory_allocated() / 2**30 if cuda else 0.0
     max_length = MAX_LENGTH if cuda else 64
     generator = torch.Generator().manual_seed(0)
     lengths = example_lengths(EXAMPLES_A_STEP * steps, max_length, 631 if cuda else 20)
@@ -240,6 +236,10 @@ def train(folder: str, name: str, steps: int) -> dict:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # trl makes the adapter bf16, in which small updates are rounded away
             parameter.data = parameter.data.float()
+    kept = None
+    if setting.get("padding_free"):  # as notebook 3 does
+        helpers.add_adapter_in_place(model)
+        kept = helpers.KeptLayers(trainer) if cuda else None
 
     times: list[float] = []
 
@@ -260,6 +260,7 @@ def train(folder: str, name: str, steps: int) -> dict:
 
     trainer.data_collator = count_tokens
     trainer.add_callback(Clock())
+    started = time.time()
     trainer.train()
     seconds = times[-1] - times[0]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -270,9 +271,11 @@ def train(folder: str, name: str, steps: int) -> dict:
         "tokens_per_second": round(tokens / seconds, 1),
         "loss": [round(loss, 4) for loss in losses],
         "tokens": tokens,
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
-        "loaded_gib": round(loaded_gib, 2),
+        "peak_gib": round((torch.cuda.max_memory_allocated() - others) / 2**30, 2) if cuda else None,
+        "reserved_gib": round((torch.cuda.max_memory_reserved() - others) / 2**30, 2) if cuda else None,
         "load_seconds": round(load_seconds, 1),
+        "first_step_seconds": round(times[0] - started, 1),
+        "kept_layers_of_last_row": kept and kept.kept,
         "step_seconds": round(seconds / (steps - 1), 2),
     }
 
@@ -316,7 +319,7 @@ def quantize(folder: str, geometry: dict, layers: int) -> dict:
 
 def run_alone(script: str, command: list[str], seconds: float) -> dict:
     """Run `script` with `command` in a process of its own; the last line it prints is its result as JSON."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if "unsloth" in " ".join(command):
         # torch 2.11's inductor fails (AssertionError in decompose_triton_kernel_wrapper_functional) on the block that
         # unsloth 2026.10.9 compiles around its own Triton kernels; without that it autotunes attention for minutes.
@@ -337,13 +340,24 @@ def run_alone(script: str, command: list[str], seconds: float) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@contextmanager
+def checkpoint_folder(script: str, folder: str | None, options: list[str]) -> Iterator[str]:
+    """A folder with the checkpoint that `script` builds: the one named, or a temporary one."""
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        if not Path(place, "config.json").is_file():
+            started = time.time()
+            built = run_alone(script, ["--child", "build", "--folder", place, *options], 300)
+            print(f"checkpoint: {time.time() - started:.0f} s", built.get("error", ""), file=sys.stderr)
+        yield place
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a setting; the first warms up")
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="settings to run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="keep the checkpoint there, and use the one that is there")
     options = parser.parse_args()
     geometry = TINY if options.tiny else GEMMA_2_27B
     if options.child == "build":
@@ -363,10 +377,7 @@ def run_all(options: argparse.Namespace) -> None:
 
     tiny = ["--tiny"] if options.tiny else []
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.time()
-        built = run_alone(__file__, ["--child", "build", "--folder", folder, *tiny], 300)
-        print(f"checkpoint: {time.time() - started:.0f} s", built.get("error", ""), file=sys.stderr)
+    with checkpoint_folder(__file__, options.folder, tiny) as folder:
         for name in options.only:
             command = ["--child", name, "--folder", folder, "--steps", str(options.steps), *tiny]
             results.append({"setting": name} | run_alone(__file__, command, 600))
@@ -376,16 +387,16 @@ def run_all(options: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, tiny model"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "bitsandbytes"))
     print(f"\n{device}, {date.today()}; {packages}\n")
-    print("| setting | real tokens/s | ratio | peak GiB | loss of the last step |\n|---|---|---|---|---|")
+    print("| setting | real tokens/s | ratio | peak GiB | first step, s | losses |\n|---|---|---|---|---|---|")
     base = results[0].get("tokens_per_second")
     for row in results:
         if "error" in row:
-            print(f"| {row['setting']} | failed: {row['error'].splitlines()[-1]} | | | |")
+            print(f"| {row['setting']} | failed: {row['error'].splitlines()[-1]} | | | | |")
         else:
             ratio = row["tokens_per_second"] / base if base else math.nan
             print(
                 f"| {row['setting']} | {row['tokens_per_second']:.0f} | {ratio:.2f} | {row['peak_gib']} "
-                f"| {row['loss'][-1]:.4f} |"
+                f"| {row['first_step_seconds']} | {', '.join(f'{loss:.4f}' for loss in row['loss'])} |"
             )
     print(f"\nQuantize: {json.dumps(quantized)}")
 
