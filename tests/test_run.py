@@ -316,7 +316,7 @@ def test_a_sweep_keeps_each_run_in_its_own_directory(folder: Path) -> None:
     assert ran(folder, "smoke.yaml", "other.yaml") == NAMES
     assert json.loads((folder / "outputs/b/run.json").read_text()).keys() == set(NAMES)
     table = run(folder, "smoke.yaml", "other.yaml").stdout.splitlines()
-    assert "| a | 5.5 | 4.25 | - | - | - | - |" in table and "| b | - | - | - | - | - | - |" in table
+    assert "| a | 5.5 | 4.25 | - | - | - | - | - |" in table and "| b | - | - | - | - | - | - | - |" in table
 
 
 def test_the_first_failure_stops_and_names_notebook_cell_and_error(folder: Path) -> None:
