@@ -158,7 +158,6 @@ def test_a_row_that_does_not_fit_is_computed_again_and_changes_nothing(gpu_of_te
     expected = gradients_of_three_rows(Trainer(model))
     trainer = Trainer(model)
     kept = helpers.KeptLayers(trainer)
-    kept.layer_bytes = 2**20
     failures = iter([False, True])
 
     def fail(*_):
