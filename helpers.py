@@ -1933,7 +1933,8 @@ class KeptLayers:
         if output is None:
             self.before = torch.cuda.memory_allocated()
         elif layer.training and not layer.gradient_checkpointing:
-            self.layer_bytes = (torch.cuda.memory_allocated() - self.before) / self.tokens
+            hidden = output[0] if isinstance(output, tuple) else output  # what a checkpointed layer holds, too
+            self.layer_bytes = (torch.cuda.memory_allocated() - self.before - hidden.nbytes) / self.tokens
 
     def keep(self, number: int) -> None:
         self.kept = number
@@ -1943,7 +1944,7 @@ class KeptLayers:
     def number_that_fits(self, used: int) -> int:
         import torch
 
-        if not self.layer_bytes:  # the first row measures
+        if self.layer_bytes <= 0:  # the first row measures
             return 1
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
         rest = self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)

@@ -53,6 +53,7 @@ TINY = GEMMA_2_27B | {
 FAST = {
     "attention": "examples",
     "padding_free": True,
+    "pad_to_multiple_of": 128,
     "use_liger_kernel": True,
     "liger_kernel_config": {"geglu": False},  # slower here than torch's own
 }
@@ -199,6 +200,7 @@ def train(folder: str, name: str, steps: int) -> dict:
     options_of_trainer = (
         "loss_type",
         "padding_free",
+        "pad_to_multiple_of",
         "use_liger_kernel",
         "liger_kernel_config",
         "train_sampling_strategy",
