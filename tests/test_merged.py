@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_hub import SHA, call, hub  # noqa: F401, a fixture
 from test_notebooks import execute
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Phi3Config
 
@@ -150,6 +151,18 @@ def test_bases_that_cannot_be_merged_and_a_small_disk(tmp_path):
     with pytest.raises(RecipeError, match=r"merged will have 281475\.0 GB, and the disk has .* GB: make room"):
         helpers.merge_adapter(str(base), adapter, merged)
     assert not merged.exists()
+
+
+def test_a_base_on_the_hub_gives_the_same_files(hub, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    hub.files["me/base"] = {path.name: path.read_bytes() for path in TINY.iterdir()}
+    adapter = save_adapter(TINY, tmp_path / "adapter")
+    load = f"helpers.load_model('me/base', 'transformers', max_seq_length=64, revision={SHA!r})"
+    merge = f"helpers.merge_adapter('me/base', {str(adapter)!r}, {str(tmp_path / 'merged')!r}, {SHA!r})"
+    done = call(hub, f"{load}; {merge}")
+    assert done.returncode == 0, done.stderr
+    helpers.merge_adapter(str(TINY), adapter, tmp_path / "expected")
+    assert helpers.hash_files(tmp_path / "merged") == helpers.hash_files(tmp_path / "expected")
 
 
 def large_model(folder):
