@@ -91,3 +91,12 @@ def test_output_has_one_valid_line_a_task_in_order(smoke):
     assert [row["input"] for row in rows] == [task["input"] for task in tasks]
     assert all(row["output"].strip() and "### 質問" not in row["output"] for row in rows)
     assert all(set(row) == {"task_id", "input", "output"} for row in rows)
+
+
+def test_the_readers_question_is_answered_with_and_without_shots(smoke):
+    cells = json.loads((smoke / "notebooks/04_rag_inference.ipynb").read_text(encoding="utf-8"))["cells"]
+    (ask,) = [cell for cell in cells if cell["id"] == "ask"]
+    said = "".join("".join(output["text"]) for output in ask["outputs"] if output.get("name") == "stdout")
+    with_shots, without = said.removeprefix("With 3 shots:\n").split("Without shots:\n")
+    assert with_shots.strip() and without.strip() and with_shots != without
+    assert "<eos>" not in said and "### 質問" not in said
