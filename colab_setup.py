@@ -106,8 +106,9 @@ def quiet_libraries() -> None:
     )  # on a future version; this one is pinned
     # colbert-ai asks for mixed precision by an old name, and PyTorch says that there is none on a CPU.
     warnings.filterwarnings("ignore", module=r"colbert\.utils\.amp|torch\.cuda\.amp")
-    # bitsandbytes offers another package for the CPU; Liger names each kind of hardware that is not there.
-    for name in ("bitsandbytes.backends.cpu.ops", "liger_kernel.backends.registry"):
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # torch 2.14, of colbert-ai
+    # bitsandbytes offers another package for the CPU; Liger and torch name the hardware that is not there.
+    for name in ("bitsandbytes.backends.cpu.ops", "liger_kernel.backends.registry", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # trl and Liger do not know that the attention "examples" keeps examples apart and applies the softcapping.
     notes = ("Padding-free training is enabled, but the attention", "attention implementation instead of `examples`")
