@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,15 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # no ga
 import helpers
 
 NEW_TOKENS, MAX_LENGTH = 256, 1024  # of a sampled answer; of question and answer together
-PAIRS_AT_A_TIME, PAIRS_PER_STEP = 4, 32
+ANSWERS_AT_A_TIME, PAIRS_AT_A_TIME, PAIRS_PER_STEP = 250, 4, 32
 # trl's example for a model of 0.5B makes 1,000 steps with 5e-6 and alpha / r = 1/2; 2,000 pairs are 63 steps here.
-# With this rate, rate x steps x alpha / r is the same.
-TRAINING = {"beta": 0.1, "learning_rate": 4e-5, "num_train_epochs": 1, "warmup_steps": 0.1}  # warm-up: a share
-TRAINING |= {"lr_scheduler_type": "linear", "max_length": MAX_LENGTH}
+# With this rate, rate x steps x alpha / r is the same. Warm-up is a share of the steps.
+TRAINING = {"beta": 0.1, "learning_rate": 4e-5, "num_train_epochs": 1, "warmup_steps": 0.1, "max_length": MAX_LENGTH}
 LORA = {"r": 64, "lora_alpha": 64, "lora_dropout": 0, "bias": "none"}
-# top_k = 0: by default transformers would sample from the 50 likeliest tokens only.
-OWN_ANSWER = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
+OWN_ANSWER = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}  # top_k: by default the best 50 only
 # Greedy answers and samples alike get the penalty of notebook 4, so that they differ in the choice of tokens alone.
 GREEDY = {"do_sample": False, "repetition_penalty": 1.1}
-SAMPLE = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.1}
-SAMPLES = 8
+SAMPLES, SAMPLE = 8, GREEDY | OWN_ANSWER | {"temperature": 0.7}
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -48,29 +44,16 @@ def load(name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def write_answers(
-    model: Any, tokenizer: Any, questions: Sequence[str], decoding: dict[str, Any], batch_tokens: int = 100_000
-) -> list[tuple[str, bool]]:
-    """An answer to each question in the training prompt, and whether it was cut at NEW_TOKENS.
-
-    A batch holds prompts of similar length, as many as come to `batch_tokens` together with their answers.
-    """
-    import torch
-
+def write_answers(model: Any, tokenizer: Any, questions: list[str], decoding: dict) -> list[tuple[str, bool]]:
+    """An answer to each question in the training prompt, and whether it was cut at NEW_TOKENS; long prompts first."""
     prompts = [helpers.encode(tokenizer, helpers.sft_text(question, "", "")).ids for question in questions]
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: dict[int, tuple[str, bool]] = {}
-    while waiting:
-        width = len(prompts[waiting[0]])
-        size = max(1, batch_tokens // (width + NEW_TOKENS))
-        chosen, waiting = waiting[:size], waiting[size:]
-        ids = [[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in chosen]
-        mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-        batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        with torch.inference_mode():
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            written = model.generate(**batch, max_new_tokens=NEW_TOKENS, **decoding)[:, width:].tolist()
-        for i, row in zip(chosen, written, strict=True):
+    for first in range(0, len(order), ANSWERS_AT_A_TIME):
+        chosen = order[first : first + ANSWERS_AT_A_TIME]
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
+        ids = model.generate(**batch.to(model.device), max_new_tokens=NEW_TOKENS, **decoding)
+        for i, row in zip(chosen, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             cut = not set(row) & set(model.generation_config.eos_token_id)
             answers[i] = tokenizer.decode(row, skip_special_tokens=True), cut
     return [answers[i] for i in range(len(prompts))]
@@ -90,43 +73,36 @@ def pair_ids(tokenizer: Any, pair: dict[str, Any]) -> dict[str, list[int]]:
     return {"prompt_ids": prompt, "chosen_ids": [*chosen, end], "rejected_ids": rejected + [end] * (not pair["cut"])}
 
 
-def make_pairs(tokenizer: Any, rows: Sequence[dict], answers: Sequence[tuple[str, bool]]) -> tuple[list[dict], Counter]:
+def make_pairs(tokenizer: Any, rows: list[dict], answers: list[tuple[str, bool]]) -> tuple[list[dict], Counter]:
     """Rows (input, output, rejected, cut) with the model's answers as `rejected`; the number left out by reason."""
     pairs, left_out = [], Counter()
     for row, (answer, cut) in zip(rows, answers, strict=True):
         pair = row | {"rejected": answer, "cut": cut}
         prompt, *texts = map(len, pair_ids(tokenizer, pair).values())
-        if not answer.strip():
-            left_out["empty"] += 1
-        elif answer.strip() == row["output"].strip():
-            left_out["equal"] += 1
-        elif prompt + max(texts) > MAX_LENGTH:
-            left_out["too long"] += 1
-        else:
-            pairs.append(pair)
+        reasons = {"empty": not answer.strip(), "equal": answer.strip() == row["output"].strip()}
+        reasons["too long"] = prompt + max(texts) > MAX_LENGTH
+        left_out.update([name for name, holds in reasons.items() if holds][:1])
+        pairs += [] if any(reasons.values()) else [pair]
     return pairs, left_out
 
 
-def make_trainer(model: Any, tokenizer: Any, pairs: Sequence[dict], out: Path, seed: int) -> Any:
+def make_trainer(model: Any, tokenizer: Any, pairs: list[dict], out: Path, seed: int) -> Any:
     """trl's DPOTrainer over token ids, with a new LoRA adapter; the reference is the model without it."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
     class PairTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # trl takes an "<eos>" written in a text for the end token, and puts one behind cut answers
 
-    dtype = str(model.dtype).removeprefix("torch.")
-    options = {"bf16": dtype == "bfloat16", "fp16": dtype == "float16", "use_cpu": model.device.type == "cpu"}
-    options |= {"save_strategy": "no", "report_to": "none", "logging_steps": 5, "seed": seed}
+    options = TRAINING | {"save_strategy": "no", "report_to": "none", "logging_steps": 5, "seed": seed}
+    options |= {"bf16": str(model.dtype) == "torch.bfloat16", "use_cpu": model.device.type == "cpu"}
     options |= {"per_device_train_batch_size": PAIRS_AT_A_TIME, "gradient_checkpointing": False}
-    options |= {"gradient_accumulation_steps": PAIRS_PER_STEP // PAIRS_AT_A_TIME}
-    set_seed(seed)
+    options |= {"gradient_accumulation_steps": PAIRS_PER_STEP // PAIRS_AT_A_TIME, "output_dir": str(out)}
     lora = LoraConfig(**LORA, target_modules=helpers.lora_targets(model.config), task_type="CAUSAL_LM")
     data = Dataset.from_list([pair_ids(tokenizer, pair) for pair in pairs])
-    args = DPOConfig(output_dir=str(out), **options, **TRAINING)
+    args = DPOConfig(**options)
     trainer = PairTrainer(model=model, processing_class=tokenizer, train_dataset=data, args=args, peft_config=lora)
     # trl's loss in chunks, summed in float32: all logits would be 262,144 values per token. As an argument this switch
     # would also bring Liger's kernels, which need a GPU.
@@ -136,23 +112,17 @@ def make_trainer(model: Any, tokenizer: Any, pairs: Sequence[dict], out: Path, s
 
 def train_on_preferences(args: argparse.Namespace) -> dict[str, Any]:
     """Sample, train and save the adapter; returns the report."""
-    import torch
-    from transformers import set_seed
-
     inputs = {"model": helpers.model_source(args.model), "train_data": helpers.data_source(args.rows)}
     model, tokenizer = load(args.model)
     rows = helpers.load_pairs(args.rows)[: args.count]
-    set_seed(args.seed)
     started = time.perf_counter()
     answers = write_answers(model, tokenizer, [row["input"] for row in rows], OWN_ANSWER)
     pairs, left_out = make_pairs(tokenizer, rows, answers)
     helpers.write_jsonl(args.out / "pairs.jsonl", pairs)
-    seconds = {"sampling": round(time.perf_counter() - started, 1)}
-    print(f"{len(pairs):,} pairs of {len(rows):,} rows; left out: {dict(left_out)}; {seconds}", flush=True)
+    sampled = time.perf_counter()
     trainer = make_trainer(model, tokenizer, pairs, args.out, args.seed)
-    started = time.perf_counter()
     trainer.train()
-    seconds["training"] = round(time.perf_counter() - started, 1)
+    seconds = {"sampling": round(sampled - started, 1), "training": round(time.perf_counter() - sampled, 1)}
     lm, adapter = trainer.model.to(model.dtype), args.out / "adapter"
     lm.peft_config["default"].target_modules = sorted(lm.peft_config["default"].target_modules)  # always in one order
     lm.save_pretrained(adapter)
@@ -160,48 +130,38 @@ def train_on_preferences(args: argparse.Namespace) -> dict[str, Any]:
     settings = TRAINING | LORA | OWN_ANSWER | {"new_tokens": NEW_TOKENS, "pairs_per_step": PAIRS_PER_STEP}
     settings |= {"seed": args.seed, "count": args.count, "pairs": helpers.sha256_file(args.out / "pairs.jsonl")}
     record = helpers.make_record("preferences", inputs, settings, ["torch", "transformers", "peft", "trl"])
-    facts = {"pairs": f"{len(pairs):,}, the row's answer preferred to a sampled one", "rows left out": dict(left_out)}
-    facts |= {"sampled answers cut": sum(pair["cut"] for pair in pairs), "steps": trainer.state.global_step}
+    facts = {"rows": len(rows), "pairs": len(pairs), "left out": dict(left_out), "cut": sum(p["cut"] for p in pairs)}
     card = helpers.model_card("LoRA adapter, trained on preferences", record, ["peft", "lora", "dpo"], facts)
     (adapter / "README.md").write_text(card, encoding="utf-8")
     helpers.write_record(adapter, record)
-    peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if torch.cuda.is_available() else None
-    return {"settings": settings, **facts, "seconds": seconds, "peak_gpu_gib": peak, "log": trainer.state.log_history}
+    return {"settings": settings, **facts, "seconds": seconds, "log": trainer.state.log_history}
 
 
-def consensus(answers: Sequence[str]) -> int:
-    """The index of the answer that is most like the others: its mean chrF against them is the largest."""
+def consensus(answers: list[str]) -> int:
+    """The index of the answer that is most like all of them by chrF; its likeness to itself is the same for each."""
     from sacrebleu.metrics import CHRF
 
     chrf = CHRF()
-    rated = [
-        [chrf.sentence_score(a, [b]).score for j, b in enumerate(answers) if j != i] for i, a in enumerate(answers)
-    ]
-    return max(range(len(answers)), key=lambda i: sum(rated[i]))
+    likeness = [sum(chrf.sentence_score(answer, [other]).score for other in answers) for answer in answers]
+    return likeness.index(max(likeness))
 
 
 def compare_decoding(args: argparse.Namespace) -> dict[str, Any]:
     """Answer the tasks in three ways and score them; returns the report."""
-    from transformers import set_seed
-
-    tasks = helpers.read_tasks(args.tasks)
-    inputs = {"model": helpers.model_source(args.model), "tasks": helpers.rows_source(args.tasks, tasks)}
-    model, tokenizer = load(args.model)
-    set_seed(args.seed)
-    answers, clock = {}, [time.perf_counter()]
+    tasks, (model, tokenizer) = helpers.read_tasks(args.tasks), load(args.model)
+    answers, seconds = {}, {}  # answers: per task one or several (text, cut)
     for name, times, decoding in (("greedy", 1, GREEDY), ("first", 1, SAMPLE), ("others", SAMPLES - 1, SAMPLE)):
-        questions = [task["input"] for task in tasks for _ in range(times)]
-        written = write_answers(model, tokenizer, questions, decoding)
+        started = time.perf_counter()
+        written = write_answers(model, tokenizer, [task["input"] for task in tasks for _ in range(times)], decoding)
         written = [(helpers.clean_answer(text), cut and "### 質問" not in text) for text, cut in written]
         answers[name] = [written[i : i + times] for i in range(0, len(written), times)]
-        clock.append(time.perf_counter())
+        seconds[name] = time.perf_counter() - started
+    started = time.perf_counter()
     samples = [first + others for first, others in zip(answers["first"], answers.pop("others"), strict=True)]
-    picked = [consensus([text for text, _ in group]) for group in samples]
-    answers["mbr"] = [[group[index]] for group, index in zip(samples, picked, strict=True)]
-    clock.append(time.perf_counter())
-    seconds = {"greedy": clock[1] - clock[0], "first": clock[2] - clock[1], "mbr": clock[4] - clock[1]}
+    answers["mbr"] = [[group[consensus([text for text, _ in group])]] for group in samples]
+    seconds["mbr"] = seconds["first"] + seconds.pop("others") + time.perf_counter() - started
+    seconds = {arm: round(spent, 1) for arm, spent in seconds.items()}
     settings = {"greedy": GREEDY, "sample": SAMPLE, "samples": SAMPLES, "new_tokens": NEW_TOKENS, "seed": args.seed}
-    report = {"settings": settings, "seconds": seconds, "mean": {}, "inputs": inputs}
     for arm, groups in answers.items():
         texts, cut = zip(*(group[0] for group in groups), strict=True)
         file = args.out / arm / "output.jsonl"
@@ -210,23 +170,29 @@ def compare_decoding(args: argparse.Namespace) -> dict[str, Any]:
         scores = {"mean": helpers.summarize_scores(per_task), "near_duplicates": [], "per_task": per_task}
         scores |= {"tasks_sha256": helpers.digest_tasks(tasks), "output_sha256": helpers.sha256_file(file)}
         helpers.write_json(file.with_name("scores.json"), scores | {"seconds": seconds[arm]})
-        report["mean"][arm] = {measure: round(row["mean"], 4) for measure, row in scores["mean"].items()}
-    return report | {"samples": samples, "picked": picked}
+    return {"model": helpers.model_source(args.model), "settings": settings, "seconds": seconds, "samples": samples}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=["dpo", "mbr"])
+    for name, kind, default in (("count", int, 2000), ("seed", int, 1), ("out", Path, Path("outputs/preferences"))):
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    for name in ("model", "rows", "tasks"):
+        parser.add_argument(f"--{name}")
+    args = parser.parse_args()
+    file = args.out / f"{args.question}.json"
+    if file.is_file():
+        return print(f"{file} is there: finished")
+    import torch
+    import transformers
+
+    transformers.set_seed(args.seed)
+    report = (train_on_preferences if args.question == "dpo" else compare_decoding)(args)
+    report["peak_gpu_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2) if torch.cuda.is_available() else None
+    helpers.write_json(file, report)
+    print(file, json.dumps({key: value for key, value in report.items() if key not in ("log", "model", "samples")}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=["dpo", "mbr"])
-    for option in ("--model", "--rows", "--tasks"):
-        parser.add_argument(option)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    report_file = arguments.out / f"{arguments.question}.json"
-    if report_file.is_file():
-        sys.exit(print(f"{report_file} is there: finished"))
-    result = (train_on_preferences if arguments.question == "dpo" else compare_decoding)(arguments)
-    helpers.write_json(report_file, result)
-    shown = {key: value for key, value in result.items() if key not in ("inputs", "log", "samples", "picked")}
-    print(json.dumps(shown, indent=1, ensure_ascii=False))
+    main()
