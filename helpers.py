@@ -20,7 +20,6 @@ import codecs
 import copy
 import csv
 import gc
-import gzip
 import hashlib
 import io
 import json
@@ -34,7 +33,6 @@ import threading
 import time
 import types
 import unicodedata
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -78,11 +76,15 @@ def collector_paused() -> Iterator[None]:
 NOT_ROWS = {
     b"\xff\xfe": "it is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "it is UTF-16 text; save it as UTF-8",
+    b"{\0": "it is UTF-16 text; save it as UTF-8",
+    b"[\0": "it is UTF-16 text; save it as UTF-8",
     b"PK\x03\x04": "it is a zip archive or an Excel file; unpack it, or save the table as CSV",
     b"BZh": "it is compressed with bzip2; unpack it",
     b"\xfd7zXZ": "it is compressed with xz; unpack it",
     b"version https://git-lfs": "it is only the Git LFS pointer to a file; run `git lfs pull`",
     b"<": "it is a web page or XML; fetch the file itself",
+    b"{\n": "one JSON object over several lines; write one object per line, or a list of objects",
+    b"{\r": "one JSON object over several lines; write one object per line, or a list of objects",
 }
 
 
@@ -90,12 +92,8 @@ def advise(head: bytes, line: bytes) -> str:
     """What a file that begins with `head`, and whose `line` cannot be read as UTF-8 JSON, seems to be; what to do."""
     if advice := next((advice for magic, advice in NOT_ROWS.items() if head.startswith(magic)), ""):
         return advice
-    if b"\0" in head[:2]:
-        return "it is UTF-16 text or a binary file; save it as UTF-8"
-    if line.strip() in (b"{", b"[{"):
-        return "one JSON object over several lines; write one object per line, or a list of objects"
     with suppress(UnicodeDecodeError):
-        line.decode("utf-8")
+        line.decode()
         return "correct or delete the line"
     for encoding in ("euc_jp", "cp932"):  # text in cp932 is next to never valid EUC-JP
         with suppress(UnicodeDecodeError):
@@ -104,23 +102,10 @@ def advise(head: bytes, line: bytes) -> str:
     return "correct or delete the line, or save the file as UTF-8"
 
 
-def with_depth(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function(value)`, tried again with a higher limit if the value is nested deeper than Python's limit allows."""
-    try:
-        return function(value)
-    except RecursionError:
-        limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(10_000)
-    try:
-        return function(value)
-    finally:
-        sys.setrecursionlimit(limit)
-
-
 def parse_json(where: str, head: bytes, text: bytes) -> Any:
     """The JSON value in `text`; RecipeError, beginning with `where`, says what is wrong with it (see `advise`)."""
     try:  # half a surrogate pair stays what it is: the filter names it
-        return with_depth(json.loads, text.decode("utf-8-sig", "surrogatepass"))
+        return json.loads(text.decode("utf-8-sig", "surrogatepass"))
     except ValueError as error:
         raise RecipeError(f"{where}: not valid JSON ({str(error)[:120]}); {advise(head, text)}") from None
     except RecursionError:
@@ -129,15 +114,11 @@ def parse_json(where: str, head: bytes, text: bytes) -> Any:
 
 def open_packed(path: Path) -> IO[bytes]:
     """Open a file for reading bytes; gzip and zstd are unpacked, whatever the file is called."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head.startswith(b"\x1f\x8b"):
-        return gzip.open(path, "rb")
-    if head == b"\x28\xb5\x2f\xfd":
-        import pyarrow
+    import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
+    with open(path, "rb") as file:
+        packed = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packed), 2**20)
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -146,15 +127,14 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
     Parquet and arrays are known by their first bytes, CSV and TSV by their names (`.csv.gz` is one, too). Raises
     RecipeError that names the place for what cannot be read.
     """
-    number = 0
+    table = re.search(r"\.(csv|tsv)\b", path.name.lower())
     try:
         with open_packed(path) as file:
             head = file.peek(64)[:64]
-            kind = next((suffix for suffix in path.suffixes if suffix.lower() in (".csv", ".tsv")), "").lower()
             if head.startswith(b"PAR1"):
-                rows: Iterable[Any] = read_parquet(path)
-            elif kind:
-                rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), "\t" if kind == ".tsv" else ",")
+                rows = read_parquet(path)
+            elif table:
+                rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), ",\t"[table[1] == "tsv"])
             elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 rows = parse_json(str(path), head, file.read())
             else:
@@ -163,44 +143,37 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
                         place = f"{path}, line {number}"
                         yield place, parse_json(place, head, line)
                 return
-            yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
+        yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text; {advise(head, error.object)}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        after = f"{path}, after line {number}"
-        raise RecipeError(f"{after}: cannot be read ({first_line(error)}); fetch it again") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
     """The rows of a Parquet file, with the columns that `datasets` stores as JSON text turned back into values."""
-    import pyarrow
-    import pyarrow.parquet
+    from datasets import Dataset
+    from pyarrow import ArrowException, parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-        if b"huggingface" not in (table.schema.metadata or {}):
-            return table.to_pylist()
-        from datasets import Dataset
-
-        return Dataset(table).to_list()
-    except (pyarrow.ArrowException, ValueError) as error:
+        return Dataset(parquet.read_table(path)).to_list()
+    except (ArrowException, ValueError) as error:
         raise RecipeError(f"{path}: the file cannot be read ({first_line(error)}); fetch or write it again") from None
 
 
 def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
     """The rows of a table with a header. All cells are text, but a column of whole numbers becomes numbers."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    table, rows = csv.DictReader(file, delimiter=delimiter, strict=True), []
     try:
-        header = next(reader, [])
-        rows = []
-        for cells in filter(None, reader):
-            if len(cells) != len(header):
-                problem = f"{len(cells)} cells, but the header has {len(header)}"
-                raise RecipeError(f"{path}, line {reader.line_num}: {problem}; put cells with commas into quotes")
-            rows.append(dict(zip(header, cells, strict=True)))
+        for row in table:
+            if None in row or None in row.values():  # a cell too many, or too few
+                problem = f"not {len(table.fieldnames)} cells as in the header; put cells with commas into quotes"
+                raise RecipeError(f"{path}, line {table.line_num}: {problem}")
+            rows.append(row)
     except csv.Error as error:
-        raise RecipeError(f"{path}, line {reader.line_num}: not valid CSV ({error}); correct the line") from None
+        raise RecipeError(f"{path}, line {table.line_num}: not valid CSV ({error}); correct the line") from None
+    header = table.fieldnames or []
     if len(set(header)) < len(header):
         raise RecipeError(f"{path}: two columns have the same name; the header is {header}")
     for column in header:
@@ -448,23 +421,17 @@ def json_text(row: Any) -> str:
     NaN and infinity, which JSON does not have, become null; bytes become base64, dates and decimals their text.
     """
     try:
-        return with_depth(_to_json, row)
+        return _to_json(row)
     except ValueError:
-        plain = with_depth(json.JSONEncoder(default=_json_value).encode, row)
-        return with_depth(_to_json, with_depth(json.JSONDecoder(parse_constant=lambda _: None).decode, plain))
+        plain = json.dumps(row, default=_json_value)
+        return _to_json(json.loads(plain, parse_constant=lambda _: None))
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
-    """Write one JSON value per line (see `json_text`) in UTF-8; returns the number of rows.
-
-    Half a surrogate pair, which UTF-8 cannot hold, is written as its `\\u` escape.
-    """
-    count = 0
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value per line (see `json_text`) in UTF-8; half a surrogate pair becomes its `\\u` escape."""
     with atomic_write(path, binary=True) as file:
         for row in rows:
             file.write(json_text(row).encode(errors="backslashreplace") + b"\n")
-            count += 1
-    return count
 
 
 def write_json(path: str | Path, value: Any) -> None:
