@@ -507,34 +507,25 @@ def wandb_mode(key: str) -> str:
 
 
 # Licences of data that ask for nothing but a notice. Share-alike, non-commercial and unknown ones are not among them.
-ALLOWED_LICENCES = (
-    "afl-3.0",
-    "apache-2.0",
-    "bsd-2-clause",
-    "bsd-3-clause",
-    "cc-by-3.0",
-    "cc-by-4.0",
-    "cc0-1.0",
-    "cdla-permissive-2.0",
-    "mit",
-    "odc-by",
-    "pddl",
-    "unlicense",
-)
+ALLOWED_LICENCES = [
+    *("afl-3.0", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-3.0", "cc-by-4.0", "cc0-1.0"),
+    *("cdla-permissive-2.0", "mit", "odc-by", "pddl", "unlicense"),
+]
 OWN_DATA = "your own (local file)"
 
 
-def check_licence(name: str, licences: Sequence[str], also_allowed: str = "") -> str:
-    """The licences of the data set `name` as one text; RecipeError if one is neither in ALLOWED_LICENCES nor in
-    `also_allowed` (identifiers with commas between; "unknown" stands for a card that names none)."""
-    found = [licence.lower() for licence in licences] or ["unknown"]
-    allowed = {*ALLOWED_LICENCES, *(part.strip().lower() for part in also_allowed.split(","))}
-    if wrong := [licence for licence in found if licence not in allowed]:
-        raise RecipeError(
-            f"{name}: the licence {', '.join(wrong)} is not on the allowed list (what is trained on share-alike data "
-            f"may inherit its licence); choose other data, or read it and set allow_licences = {', '.join(wrong)!r}"
-        )
-    return ", ".join(found)
+def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
+    """Raise RecipeError if a data set at the bottom of `inputs` has a licence that is neither in ALLOWED_LICENCES nor
+    in `also_allowed` (identifiers with commas between; "unknown" stands for a card that names none).
+    """
+    allowed = [*ALLOWED_LICENCES, OWN_DATA, *(part.strip().lower() for part in also_allowed.split(","))]
+    for role, source in origins(inputs).items():
+        found = "" if role in ("model", "adapter") else source.get("licence", OWN_DATA)
+        if wrong := ", ".join(licence for licence in found.split(", ") if found and licence not in allowed):
+            raise RecipeError(
+                f"{source['name']}: the licence {wrong} is not on the allowed list (what is trained on share-alike "
+                f"data may inherit its licence); choose other data, or read it and set allow_licences = {wrong!r}"
+            )
 
 
 # Records: what was made from what, in one form for all notebooks. The record of a folder is the file record.json in it,
@@ -561,16 +552,11 @@ def hash_files(product: str | Path) -> dict[str, str]:
     files that were not written to their end.
     """
     product = Path(product)
-    if not product.is_dir():
-        return {product.name: sha256_file(product)} if product.is_file() else {}
-    paths = {path.relative_to(product): path for path in sorted(product.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): sha256_file(path)
-        for name, path in paths.items()
-        if not any(part.startswith(".") for part in name.parts)
-        and name.name.lower() not in ("record.json", "readme.md", "thumbs.db", "desktop.ini")
-        and name.suffix != ".part"
-    }
+    if product.is_file():
+        return {product.name: sha256_file(product)}
+    left_out = re.compile(r"(^|/)(\.|(record\.json|readme\.md|thumbs\.db|desktop\.ini)$)|\.part$", re.IGNORECASE)
+    files = {path.relative_to(product).as_posix(): path for path in sorted(product.rglob("*")) if path.is_file()}
+    return {name: sha256_file(path) for name, path in files.items() if not left_out.search(name)}
 
 
 def digest(value: Any) -> str:
@@ -582,12 +568,10 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Installed versions by distribution name; "" for a package that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for name in names:
-        try:
+    versions = dict.fromkeys(names, "")
+    for name in versions:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = ""
     return versions
 
 
@@ -604,27 +588,23 @@ def write_record(product: str | Path, record: Mapping[str, Any]) -> None:
     write_json(record_path(product), {**record, "files": hash_files(product)})
 
 
-def is_record(value: Any) -> bool:
-    """Whether a value that JSON gave has the form of a record; `files` is missing in that of something unfinished."""
+def read_record(product: str | Path, path: str | Path = "") -> dict[str, Any]:
+    """The record of a local folder or file, or at `path`; {} if there is none, or it is damaged or has another form.
 
-    def has(row: Any, **kinds: type) -> bool:
-        return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
-
-    def is_source(row: Any) -> bool:
-        return has(row, name=str, commit=str, sha256=str, inputs=dict) and all(map(is_source, row["inputs"].values()))
-
-    parts = {"stage": str, "inputs": dict, "settings": dict, "versions": dict, "files": dict}
-    whole = isinstance(value, dict) and has({"files": {}} | value, **parts)
-    return whole and all(map(is_source, value["inputs"].values()))
-
-
-def read_record(product: str | Path) -> dict[str, Any]:
-    """The record of a local folder or file; {} if there is none, or one that is damaged or has another form."""
+    The record of something unfinished has no `files`.
+    """
     try:
-        record = json.loads(record_path(product).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(Path(path or record_path(product)).read_text(encoding="utf-8"))
+        whole = {"stage", "inputs", "settings", "versions"} <= record.keys() and are_sources(record["inputs"])
+    except (OSError, ValueError, RecursionError, AttributeError):
         return {}
-    return record if is_record(record) else {}
+    return record if whole else {}
+
+
+def are_sources(inputs: Mapping[str, Any]) -> bool:
+    """Whether every input of a record has the form of a source."""
+    keys = {"name", "commit", "sha256", "inputs"}
+    return all(keys <= source.keys() and are_sources(source["inputs"]) for source in inputs.values())
 
 
 def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
@@ -657,34 +637,24 @@ def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
 
 
 def data_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
-    """The source (see Records) of a data set: a local file or folder, or a hub data set with the licence of its card.
+    """The source (see Records) of a data set: a local file or folder, which counts as your own, or a hub data set.
 
-    A local file counts as your own. A hub data set that notebook 2 pushed has a record, too. Raises RecipeError for a
-    hub data set whose card cannot be read, for a file of this series that was changed afterwards, and, if it must be
-    `finished`, for one without a record.
+    Raises RecipeError for a hub data set whose card cannot be read, for a file of this series that was changed
+    afterwards, and, if it must be `finished`, for one without a record.
     """
     if finished or Path(name).exists():
-        record = check_files(name, finished)
-        sha256 = digest(record.get("files") or hash_files(name))
-        inputs = record.get("inputs", {})
-        return {"name": name, "commit": "", "sha256": sha256, "licence": OWN_DATA, "inputs": inputs}
-    from huggingface_hub import HfApi, hf_hub_download
+        return _source(name, "", check_files(name, finished), {"licence": OWN_DATA})
+    from huggingface_hub import HfApi
 
     try:
-        info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
-        records = [file.rfilename for file in info.siblings or () if file.rfilename.endswith(".record.json")]
-        paths = [hf_hub_download(name, file, repo_type="dataset", revision=info.sha) for file in records[:1]]
+        commit = HfApi().dataset_info(name, revision=revision or None, timeout=20).sha or ""
+        card = {"licence": "unknown"} | card_licence(name, commit, "dataset")
+        return _source(name, commit, hub_record(name, commit, "filtered_magpie.jsonl.record.json", "dataset"), card)
     except Exception as error:
         raise RecipeError(
             f"{name}: its licence cannot be read from the hub ({first_line(error)}); check the name, the network and, "
             "for a private one, the secret HF_TOKEN; or name a local file"
         ) from None
-    licence = (info.card_data or {}).get("license") or "unknown"
-    licence = licence if isinstance(licence, str) else ", ".join(licence)
-    record = read_record(paths[0].removesuffix(".record.json")) if paths else {}
-    sha256 = digest(record["files"]) if record.get("files") else ""
-    source = {"name": name, "commit": info.sha or "", "sha256": sha256, "licence": licence.lower()}
-    return {**source, "inputs": record.get("inputs", {})}
 
 
 def model_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
@@ -693,38 +663,42 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
     If it must be `finished`, it is a folder that an earlier notebook wrote, and has a record.
     """
     commit = "" if finished else find_model(name, revision)
-    if commit:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+    record = hub_record(name, commit) if commit else check_files(name, finished)
+    return _source(name, commit, record, card_licence(name, commit))
 
-        try:
-            record = read_record(Path(hf_hub_download(name, "record.json", revision=commit)).parent)
-        except EntryNotFoundError:
-            record = {}
-        files = record.get("files")
-    else:
-        record = check_files(name, finished)
-        files = record.get("files") or hash_files(name)
+
+def _source(name: str, commit: str, record: Mapping[str, Any], licence: Mapping[str, str]) -> dict[str, Any]:
+    files = record.get("files") or ({} if commit else hash_files(name))
     sha256 = digest(files) if files else ""
-    source = {"name": name, "commit": commit, "sha256": sha256, "inputs": record.get("inputs", {})}
-    return source | card_licence(name, commit)
+    return {"name": name, "commit": commit, "sha256": sha256, **licence, "inputs": record.get("inputs", {})}
 
 
-def card_licence(name: str, commit: str) -> dict[str, str]:
-    """The licence that the card of a model names: `licence`, and of one that the hub has no name for also
-    `licence_name` and `licence_link`. {} if there is no card that can be read, or it names none.
+def hub_record(name: str, commit: str, file: str = "record.json", kind: str = "model") -> dict[str, Any]:
+    """The record in a hub repository; {} if it holds none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return read_record("", hf_hub_download(name, file, repo_type=kind, revision=commit))
+    except EntryNotFoundError:
+        return {}
+
+
+def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
+    """The licence that a card names: `licence` (several with ", " between), and of one that the hub has no name for
+    also `licence_name` and `licence_link`. {} if there is no card that can be read, or it names none.
     """
     import yaml
     from huggingface_hub import hf_hub_download, metadata_load
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        card = metadata_load(hf_hub_download(name, "README.md", revision=commit) if commit else Path(name, "README.md"))
+        path = hf_hub_download(name, "README.md", repo_type=kind, revision=commit) if commit else f"{name}/README.md"
+        card = metadata_load(path) or {}
     except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError):
         return {}
-    card = card or {}
     licences = card.get("license") or []
-    found = {"licence": ", ".join(map(str, licences if isinstance(licences, list) else [licences]))}
+    found = {"licence": ", ".join(map(str, licences if isinstance(licences, list) else [licences])).lower()}
     found |= {f"licence_{part}": card.get(f"license_{part}") for part in ("name", "link")}
     return {key: str(value) for key, value in found.items() if value}
 
@@ -746,13 +720,6 @@ def origins(inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for role, source in inputs.items():
         found |= origins(source["inputs"]) or {role: source}
     return found
-
-
-def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
-    """Raise RecipeError if one of the data sets at the bottom of `inputs` has a licence that is not allowed."""
-    for role, source in origins(inputs).items():
-        if role not in ("model", "adapter") and source.get("licence", OWN_DATA) != OWN_DATA:
-            check_licence(source["name"], source["licence"].split(", "), also_allowed)
 
 
 def identity(source: Mapping[str, Any]) -> str:
