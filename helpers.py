@@ -742,69 +742,63 @@ class Text(NamedTuple):
 
 NAME = Text(r"(?![~\s]).*\S", "the name of a file, a folder or a hub repository, without ~ and spaces at its ends")
 NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
-HUB_REPO = Text(r"([\w.-]+/[\w.-]+)?", "empty or a hub repository, owner/name")
-URL = Text(r"(https?://[^\s/]\S*)?", "empty or an address that begins with https:// or http://")
-PROJECT = Text(r"[^/\\#?%:\n]{0,128}", "empty or a name of at most 128 characters without / \\ # ? % :")
 ANY_TEXT = Text(r".*", "text on one line")
-ENGINES = ["transformers", "unsloth"]
-MANY = 10**9
+MANY, SWITCH = 10**9, [True, False]
 
-# What each parameter of the notebooks may be: a choice from a list, a whole number of a range, a real number from a
-# smallest to a largest value, or text. The upper limits are there for slips of the hand.
+# What each parameter of the notebooks may be: text, a whole number of a range, a real number from a smallest to a
+# largest value, or a choice from a list. The upper limits are there for slips of the hand.
 PARAMETERS: dict[str, list | range | tuple[float, float] | Text] = {
-    # all notebooks
-    "output_dir": NAME,
-    "drive_dir": NAME_OR_EMPTY,
-    "hub_repo": HUB_REPO,
-    "allow_licences": ANY_TEXT,
-    "engine": ENGINES,
-    "model": NAME_OR_EMPTY,
-    "qa_data": NAME,
-    "train_data": NAME_OR_EMPTY,
+    **dict.fromkeys(("output_dir", "base_model", "dataset", "rules", "qa_data", "tasks", "retriever"), NAME),
+    **dict.fromkeys(("drive_dir", "model", "train_data", "adapter"), NAME_OR_EMPTY),
+    **dict.fromkeys(("base_revision", "dataset_revision"), NAME_OR_EMPTY),
+    **dict.fromkeys(("allow_licences", "judge_model"), ANY_TEXT),
+    "hub_repo": Text(r"([\w.-]+/[\w.-]+)?", "empty or a hub repository, owner/name"),
+    "judge_base_url": Text(r"(https?://[^\s/]\S*)?", "empty or an address that begins with https:// or http://"),
+    "wandb_project": Text(r"[^/\\#?%:\n]{0,128}", "empty or a name of at most 128 characters without / \\ # ? % :"),
+    **dict.fromkeys(("max_rows", "max_steps", "warmup_steps"), range(MANY)),
+    **dict.fromkeys(("save_steps", "logging_steps"), range(1, MANY)),
+    **dict.fromkeys(("r", "per_device_train_batch_size"), range(1, 4097)),
+    "gradient_accumulation_steps": range(1, 65_537),
+    "batch_size": range(4097),
     "max_seq_length": range(16, 2**20),
-    # 01_quantize
-    "base_model": NAME,
-    "base_revision": NAME_OR_EMPTY,
-    "quant_type": ["nf4", "fp4"],
-    "double_quant": [True, False],
-    # 02_filter_magpie
-    "dataset": NAME,
-    "dataset_revision": NAME_OR_EMPTY,
-    "max_rows": range(MANY),
-    "rules": NAME,
-    # 03_sft
-    "r": range(1, 4097),
+    "max_new_tokens": range(1, 2**20),
+    "query_max_tokens": range(8, 8193),
+    "k": range(10_001),
+    "seed": range(2**32),
     "lora_alpha": (1e-3, 65_536),
     "learning_rate": (1e-9, 0.1),
     "num_train_epochs": (1e-3, 1_000),
-    "per_device_train_batch_size": range(1, 4097),
-    "gradient_accumulation_steps": range(1, 65_537),
-    "warmup_steps": range(MANY),
     "eval_share": (0, 0.5),
-    "loss_on": ["text", "answer"],
     "neftune_noise_alpha": (0, 1_000),
-    "save_steps": range(1, MANY),
-    "logging_steps": range(1, MANY),
-    "max_steps": range(MANY),
-    "seed": range(2**32),
-    "wandb_project": PROJECT,
-    "export_merged": [True, False],
-    # 04_rag_inference
-    "adapter": NAME_OR_EMPTY,
-    "tasks": NAME,
-    "retriever": NAME,
-    "k": range(10_001),
-    "query_max_tokens": range(8, 8193),
-    "max_new_tokens": range(1, 2**20),
     "repetition_penalty": (1, 10),
-    "penalize_prompt": [True, False],
-    "ban_words": [True, False],
-    "prompt_style": ["2024", "training"],
-    "batch_size": range(4097),
     "time_budget_minutes": (0, 100_000),
-    "judge_base_url": URL,
-    "judge_model": ANY_TEXT,
+    "engine": ["transformers", "unsloth"],
+    "quant_type": ["nf4", "fp4"],
+    "loss_on": ["text", "answer"],
+    "prompt_style": ["2024", "training"],
+    **dict.fromkeys(("double_quant", "export_merged", "penalize_prompt", "ban_words"), SWITCH),
 }
+
+
+def wrong_values(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the `values` that are not what a table such as PARAMETERS allows, each with what it must be."""
+    wrong = {}
+    for name, allowed in table.items():
+        value = values.get(name, ...)
+        if isinstance(allowed, Text):
+            fits, words = isinstance(value, str) and re.fullmatch(allowed.pattern, value), allowed.words
+        elif isinstance(allowed, range):
+            fits = type(value) is int and value in allowed
+            words = f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
+        elif isinstance(allowed, tuple):
+            fits = type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
+            words = f"a number from {allowed[0]:g} to {allowed[1]:,g}"
+        else:
+            fits = type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
+            words = " or ".join(map(repr, allowed))
+        if name in values and not fits:
+            wrong[name] = words
+    return wrong
 
 
 def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
@@ -812,35 +806,15 @@ def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
 
     Other names are left alone, so a notebook passes its globals(). `section` (of a run file) goes before the names.
     """
-    wrong = []
-    for name, allowed in PARAMETERS.items():
-        value = values.get(name, ...)
-        if value is ... or _is_allowed(value, allowed):
-            continue
-        words, text = _allowed_words(allowed), "" if value is None else value
+    problems = []
+    for name, words in wrong_values(values, PARAMETERS).items():
+        value, allowed, quoted = values[name], PARAMETERS[name], ""
         if not isinstance(value, str) and (isinstance(allowed, Text) or isinstance(allowed[0], str)):
-            words += f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
-        wrong.append(f"{section}{name} must be {words}; it is {value!r}")
-    if wrong:
-        raise RecipeError("; ".join(wrong))
-
-
-def _is_allowed(value: Any, allowed: list | range | tuple[float, float] | Text) -> bool:
-    if isinstance(allowed, Text):
-        return isinstance(value, str) and re.fullmatch(allowed.pattern, value) is not None
-    if isinstance(allowed, tuple):
-        return type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
-    return type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
-
-
-def _allowed_words(allowed: list | range | tuple[float, float] | Text) -> str:
-    if isinstance(allowed, Text):
-        return allowed.words
-    if isinstance(allowed, range):
-        return f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
-    if isinstance(allowed, tuple):
-        return f"a number from {allowed[0]:g} to {allowed[1]:,g}"
-    return " or ".join(repr(choice) for choice in allowed)
+            text = "" if value is None else value
+            quoted = f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
+        problems.append(f"{section}{name} must be {words}{quoted}; it is {value!r}")
+    if problems:
+        raise RecipeError("; ".join(problems))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1070,9 +1044,19 @@ class FilterRules:
     cp932_also: str = ""  # characters that `cp932_only` lets pass nevertheless
 
     def __post_init__(self) -> None:
-        _check_rules(self)
+        def texts(value: Any) -> bool:
+            return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+        wrong = wrong_values(vars(self), RULES)
+        if not texts(self.ng) or "" in self.ng:  # an empty string is in every text
+            wrong["ng"] = "a list of strings, none of them empty"
+        pairs = self.replacements if isinstance(self.replacements, (list, tuple)) else [None]
+        if not all(texts(pair) and len(pair) == 2 and pair[0] for pair in pairs):
+            wrong["replacements"] = "a list of pairs of strings [old, new], in which old is not empty"
+        for name, wanted in wrong.items():
+            raise RecipeError(f"{name} is {str(getattr(self, name))[:60]!r}; it must be {wanted}")
         # A string in another Unicode form than the text would never be found in it.
-        pairs = tuple((self.composed(old), self.composed(new)) for old, new in self.replacements)
+        pairs = tuple((self.composed(old), self.composed(new)) for old, new in pairs)
         object.__setattr__(self, "replacements", pairs)
         object.__setattr__(self, "ng", tuple(map(self.composed, self.ng)))
 
@@ -1098,31 +1082,14 @@ class FilterRules:
         return unicodedata.normalize("NFC", string) if decomposed else string
 
 
-def _check_rules(rules: FilterRules) -> None:
-    def wrong(name: str, wanted: str) -> RecipeError:
-        return RecipeError(f"{name} is {str(getattr(rules, name))[:60]!r}; it must be {wanted}")
-
-    def filled(text: Any) -> bool:  # an empty string is in every text
-        return isinstance(text, str) and text != ""
-
-    pairs = rules.replacements if isinstance(rules.replacements, (list, tuple)) else [None]
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise wrong("replacements", "a list of pairs [old, new]")
-    if not all(filled(old) and isinstance(new, str) for old, new in pairs):
-        raise wrong("replacements", "pairs of strings, and what is to be replaced must not be empty")
-    if not isinstance(rules.ng, (list, tuple)) or not all(map(filled, rules.ng)):
-        raise wrong("ng", "a list of strings, none of them empty")
-    for name, most in {"rare_below": None, "rare_after_below": None, "japanese_percent": 100}.items():
-        value = getattr(rules, name)
-        if type(value) is not int or value < 0 or (most and value > most):
-            raise wrong(name, "a whole number" + (f" from 0 to {most}" if most else ", 0 or more"))
-    if type(rules.rare_share) not in (int, float) or not 0 <= rules.rare_share < 1:
-        raise wrong("rare_share", "a number from 0 to below 1 (0.00015 is 15 rows in 100,000)")
-    for name in ("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only"):
-        if type(getattr(rules, name)) is not bool:
-            raise wrong(name, "true or false")
-    if not isinstance(rules.cp932_also, str):
-        raise wrong("cp932_also", "a string of characters")
+# What the values of a rules file may be, beside its two lists (see PARAMETERS).
+RULES: dict[str, list | range | tuple[float, float] | Text] = {
+    **dict.fromkeys(("rare_below", "rare_after_below"), range(MANY)),
+    "rare_share": (0, 0.999),  # 0.00015 is 15 rows in 100,000
+    "japanese_percent": range(101),
+    **dict.fromkeys(("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only"), SWITCH),
+    "cp932_also": ANY_TEXT,
+}
 
 
 def load_rules(path: str | Path) -> FilterRules:
@@ -1132,19 +1099,14 @@ def load_rules(path: str | Path) -> FilterRules:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: the rules file cannot be read ({first_line(error)})") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a rules file holds one JSON object, found {type(values).__name__}")
-    values.pop("source", None)
-    known = [field.name for field in fields(FilterRules)]
-    for problem, keys in (("unknown", values.keys() - set(known)), ("missing", set(known) - values.keys())):
-        if keys:
-            raise RecipeError(f"{path}: {problem} key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
-    try:
+        values.pop("source", None)
+        known = [field.name for field in fields(FilterRules)]
+        if keys := values.keys() ^ set(known):
+            raise RecipeError(f"unknown or missing key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
         return FilterRules(**values)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        problem = error if isinstance(error, RecipeError) else f"it holds no rules ({first_line(error)})"
+        raise RecipeError(f"{path}: {problem}") from None
 
 
 def any_string(strings: Iterable[str]) -> re.Pattern:
