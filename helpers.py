@@ -822,16 +822,16 @@ def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def record_table(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """A Markdown table for a card: where everything comes from, the settings, the versions, and more `facts`."""
+def _card(data: Any, title: str, record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """A card: front matter, title, and a table of the origins, the settings, the versions and more `facts`."""
     rows = {}
     for role, source in origins(record["inputs"]).items():
         rows[role.replace("_", " ")] = ", ".join(filter(None, map(source.get, ("name", "commit", "licence"))))
-    rows["settings"] = ", ".join(
-        f"{name} {value}" for name, value in record["settings"].items() if name not in ("texts", "lists")
-    )
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
+    for part in ("settings", "versions"):
+        values = {name: value for name, value in record[part].items() if value != "" and name not in ("texts", "lists")}
+        rows[part] = ", ".join(f"{name} {value}" for name, value in values.items())
+    table = "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}"
 
 
 # What licences of models ask to be said with a model that was made from theirs.
@@ -842,41 +842,38 @@ LICENCE_NOTICES = {
 
 
 def model_card(title: str, record: Mapping[str, Any], tags: Iterable[str], facts: Mapping[str, Any]) -> str:
-    """Text of a hub model card (README.md): front matter with the base model's licence, `record_table`, and the notice
-    that its licence asks for.
-    """
+    """Text of a hub model card (README.md), with the base model's licence and the notice that it asks for."""
     from huggingface_hub import ModelCardData
 
     sources = origins(record["inputs"])
     base = sources.pop("model")
-    licences = [licence for licence in base.get("licence", "").split(", ") if licence]
+    licences = base["licence"].split(", ") if base.get("licence") else [None]
     data = ModelCardData(
         base_model=base["name"],
         language="ja",
-        license=licences[0] if len(licences) == 1 else licences or None,
+        license=licences if len(licences) > 1 else licences[0],
         license_name=base.get("licence_name"),
         license_link=base.get("licence_link"),
         tags=list(tags),
         datasets=[source["name"] for source in sources.values() if source["commit"]] or None,
     )
-    notices = [notice for name, notice in LICENCE_NOTICES.items() if any(known.startswith(name) for known in licences)]
-    text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
-    return "\n".join([text, *notices]) + "\n" * bool(notices)
+    notices = [f"\n{text}\n" for name, text in LICENCE_NOTICES.items() if f", {name}" in f", {base.get('licence')}"]
+    return "".join([_card(data, title, record, facts), *notices])
 
 
 def dataset_card(title: str, record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Text of a hub dataset card: front matter with the licence of the source, and `record_table`."""
+    """Text of a hub dataset card (README.md), with the licence of the source."""
     from huggingface_hub import DatasetCardData
 
     source = record["inputs"]["dataset"]
-    from_hub = bool(source["commit"])
+    licences = [licence for licence in source["licence"].split(", ") if licence not in (OWN_DATA, "unknown")]
     data = DatasetCardData(
         language="ja",
-        license=source["licence"].split(", ") if from_hub and source["licence"] != "unknown" else None,
-        source_datasets=[source["name"]] if from_hub else None,
+        license=licences or None,
+        source_datasets=[source["name"]] if source["commit"] else None,
         configs=[{"config_name": "default", "data_files": "filtered_magpie.jsonl"}],  # the record beside it is no data
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
+    return _card(data, title, record, facts)
 
 
 def empty_model(config: Any) -> Any:
@@ -942,14 +939,7 @@ def cache_shape(config: Any) -> tuple[int, int, int]:
 
 
 def estimate_memory(
-    config: Any,
-    *,
-    four_bit: bool,
-    r: int = 0,
-    batch_size: int = 0,
-    length: int = 0,
-    slots: int = 0,
-    columns: int = 0,
+    config: Any, *, four_bit: bool, r: int = 0, batch_size: int = 0, length: int = 0, slots: int = 0, columns: int = 0
 ) -> dict[str, float]:
     """GiB of GPU memory that a run will need at its peak, part by part, from the model's transformers config.
 
@@ -961,13 +951,13 @@ def estimate_memory(
     model = empty_model(config)
     linear = layer_matrices(model).values()
     in_linear = sum(module.weight.numel() for module in linear)
-    bytes_a_weight = 4.127 / 8 if four_bit else 2  # NF4, double quantization
     adapter = r * sum(module.in_features + module.out_features for module in linear)
     tokens = batch_size * length
     layers, key_heads, width = cache_shape(config)
     inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
     gib = {
-        "weights": in_linear * bytes_a_weight + 2 * (model.num_parameters() - in_linear),
+        # NF4 with double quantization takes 4.127 bits for each weight.
+        "weights": in_linear * (4.127 / 8 if four_bit else 2) + 2 * (model.num_parameters() - in_linear),
         # Weights and gradients in float32 and two moments of a byte each; 16 bit and nothing else for answering.
         "adapter": adapter * (10 if tokens else 2),
         # One hidden state a layer is kept; of one layer at a time five tensors of the MLP are alive.
@@ -983,13 +973,13 @@ def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], remedy:
     """Lines that say whether a run that needs `need` GiB (see `estimate_memory`) fits the GPU (see `find_gpu`)."""
     total = sum(need.values())
     parts = ", ".join(f"{part} {size:.1f}" for part, size in need.items() if size >= 0.05)
-    lines = [f"this run needs about {total:.1f} GiB of GPU memory" + (f": {parts}" if parts else "")]
+    needed = f"this run needs about {total:.1f} GiB of GPU memory: {parts}"
     if gpu is None:
-        return [*lines, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
+        return [needed, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
     bf16 = "yes" if gpu["compute_capability"] >= 8 else "no, float16 is used"
-    lines.insert(0, f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}")
     fits = total <= 0.95 * gpu["free_gib"]
-    return [*lines, "it fits" if fits else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"]
+    verdict = "it fits" if fits else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"
+    return [f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}", needed, verdict]
 
 
 def check_free_folder(folder: str | Path, source: Mapping[str, Any]) -> None:
