@@ -247,19 +247,27 @@ KNOWN_FORMS = (
 )
 
 
-def read_turn(turn: Any) -> tuple[Any, Any]:
-    """(role, content) of a turn in either spelling; roles are "user", "assistant" and others. (None, None) if none."""
-    if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
-        return None, None
-    role, content = (turn["role"], turn.get("content")) if "role" in turn else (turn["from"], turn.get("value"))
-    return ROLES.get(role, role) if isinstance(role, str) else "", content
+def read_turn(turn: Any) -> Any:
+    """A turn with the keys role ("user", "assistant" or others) and content, whatever they are called in it."""
+    if not isinstance(turn, dict) or turn.get("role") in ("user", "assistant"):
+        return turn
+    names = {} if "role" in turn else {"from": "role", "value": "content"}
+    turn = {names.get(key, key): value for key, value in turn.items()}
+    if "role" in turn:
+        turn["role"] = ROLES.get(turn["role"], turn["role"]) if isinstance(turn["role"], str) else ""
+    return turn
+
+
+def has_role(turn: Any) -> bool:
+    """Whether what `read_turn` returns is a turn."""
+    return isinstance(turn, dict) and "role" in turn
 
 
 def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tuple[str, ...], list[Any]]:
-    """The columns of a row that hold its texts, and the texts as turns; ((), []) if the form is none of the known.
+    """The columns of a row that hold its texts, and its turns (see `read_turn`); ((), []) if the form is unknown.
 
-    Turns in a list are returned as they are. Where a row has both such a list and columns with question and answer,
-    the list is taken, or with `columns_first` the columns.
+    Where a row has both a list of turns and columns with question and answer, the list is taken, or with
+    `columns_first` the columns.
     """
     chat: tuple[tuple[str, ...], list[Any]] = (), []
     for name in CHATS:
@@ -268,14 +276,13 @@ def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tupl
             with suppress(ValueError, RecursionError):
                 turns = json.loads(turns)
         if isinstance(turns, list):
-            chat = (name,), turns
+            chat = (name,), [read_turn(turn) for turn in turns]
             break
     if chat[0] and not columns_first:
         return chat
 
-    def first(names: Iterable[str]) -> tuple[str, ...]:
-        held = [name for name in names if name in row]
-        return tuple([name for name in held if row[name] is not None][:1] or held[:1])
+    def first(names: Iterable[str]) -> tuple[str, ...]:  # a column that is null only if there is no better one
+        return tuple(sorted((name for name in names if name in row), key=lambda name: row[name] is None)[:1])
 
     question, answer = first(QUESTIONS), first(ANSWERS)
     if not question or (chat[0] and (not answer or row[answer[0]] is None)):
@@ -286,7 +293,7 @@ def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tupl
     wrong = [part for part in parts if not isinstance(part, str)]
     texts = [wrong[0] if wrong else "\n".join(filter(None, parts))]
     texts += [str(row[name]) if is_number(row[name]) else row[name] for name in answer]
-    history, columns = row.get("history"), question + context + answer
+    columns, history = question + context + answer, row.get("history")
     if isinstance(history, list) and history:  # the turns before, as LLaMA-Factory stores them: a list of pairs
         texts = [text for pair in history if isinstance(pair, list) for text in pair[:2]] + texts
         columns += ("history",)
@@ -307,11 +314,9 @@ def check_text(where: str, value: Any, or_number: bool = False) -> str:
         kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
         found = kinds.get(type(value), type(value).__name__)
         raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(value[error.start]):04X}, half a surrogate pair"
-        raise RecipeError(f"{where} holds {half}, which UTF-8 cannot hold; correct the text") from None
+    if half := re.search("[\ud800-\udfff]", value):
+        found = f"U+{ord(half[0]):04X}, half a surrogate pair"
+        raise RecipeError(f"{where} holds {found}, which UTF-8 cannot hold; correct the text")
     return value
 
 
@@ -323,24 +328,20 @@ def read_pair(
     Raises RecipeError, beginning with `place`, for a row of unknown form and for a question or answer that is no text.
     """
     columns, turns = read_form(row, columns_first)
-    form, roles, texts = ", ".join(columns), [], {}
+    form = ", ".join(columns)
     for number, turn in enumerate(turns, start=1):
-        role, content = read_turn(turn)
-        if role is None:
+        if not has_role(turn):
             raise RecipeError(f"{place}: turn {number} of {form} has no role; {KNOWN_FORMS}")
-        roles.append(role)
-        texts.setdefault(role, content)
-    for role, part in (("user", "question"), ("assistant", "answer")):
-        if role not in texts and (role == "user" or need_answer):
-            chat = columns and columns[0] in CHATS
-            held = f"roles in {form} are {list(texts)}" if chat else f"columns are {sorted(map(str, row))[:20]}"
+    roles = [turn["role"] for turn in turns]
+    for role, part in (("user", "question"), ("assistant", "answer"))[: 1 + need_answer]:
+        if role not in roles:
+            in_turns = columns and columns[0] in CHATS
+            held = f"roles in {form} are {roles[:20]}" if in_turns else f"columns are {sorted(map(str, row))[:20]}"
             raise RecipeError(f"{place}: no {part} found; its {held}; {KNOWN_FORMS}")
-    if columns[0] in CHATS:
-        form += " (role, content)" if "role" in turns[0] else " (from, value)"
-        form += ", without the system text" if "system" in texts else ""
+    form += ", without the system text" if "system" in roles else ""
     form += ", first question of several" if roles.count("user") > 1 else ""
-    question = check_text(f"{place}: the question ({columns[0]})", texts["user"])
-    answer = texts.get("assistant")
+    texts = {turn["role"]: turn.get("content") for turn in reversed(turns)}
+    question, answer = check_text(f"{place}: the question ({columns[0]})", texts["user"]), texts.get("assistant")
     return form, question, check_text(f"{place}: the answer ({form})", answer, True) if need_answer else answer
 
 
@@ -351,13 +352,9 @@ def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
     Of a conversation the first question and the first answer are taken. Raises RecipeError naming file, row and column
     where one of them is missing or no text; a number as an answer becomes its digits.
     """
-    pairs, forms = [], Counter()
-    for place, row in read_rows(name, revision):
-        form, question, answer = read_pair(place, row)
-        pairs.append({"input": question, "output": answer})
-        forms[form] += 1
-    print_forms(name, forms)
-    return pairs
+    pairs = [read_pair(place, row) for place, row in read_rows(name, revision)]
+    print_forms(name, Counter(form for form, _, _ in pairs))
+    return [{"input": question, "output": answer} for _, question, answer in pairs]
 
 
 def print_forms(name: str, forms: Mapping[str, int]) -> None:
@@ -373,11 +370,12 @@ def check_forms(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
             forms[read_pair(f"{name}, row {number}", row, columns_first=False)[0]] += 1
         except RecipeError as error:
             problems.append(str(error))
+    said = f"cannot be used. The first one: {problems[0]}" if problems else ""
     if 2 * len(problems) > len(rows):
-        raise RecipeError(f"{len(problems):,} of {len(rows):,} rows cannot be used. The first one: {problems[0]}")
+        raise RecipeError(f"{len(problems):,} of {len(rows):,} rows {said}")
     print_forms(name, forms)
     if problems:
-        print(f"{len(problems):,} rows cannot be used and will be dropped. The first one: {problems[0]}")
+        print(f"{len(problems):,} rows {said}; such rows will be dropped")
 
 
 def show(table: Any, longest: int = 200) -> Any:
@@ -1132,28 +1130,25 @@ def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str
         return {}, ("malformed", "conversations", type(row.get("conversations")).__name__)
     texts: dict[str, str] = {}
     for number, turn in enumerate(turns, start=1):
-        role, content = read_turn(turn)
-        if role is None:
+        if not has_role(turn):
             return {}, ("malformed", f"turn {number}", type(turn).__name__)
-        field = "instruction" if role == "user" else "response" if role == "assistant" else None
+        field, content = {"user": "instruction", "assistant": "response"}.get(turn["role"]), turn.get("content")
         if field is None or field in texts:
-            if not rules.all_turns:
-                continue
+            if not rules.all_turns or (content is None and turn.get("tool_calls")):
+                continue  # with `tool_calls` it calls a tool instead of saying something
             field = f"turn {number}"
-            if content is None and turn.get("tool_calls"):
-                continue  # it calls a tool instead of saying something
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
         texts[field] = rules.normal(content)
         if len(texts) == 2 and not rules.all_turns:
             break  # as in 2024, which never looks at what follows
-    problem = None
-    for field in ("response", "instruction"):
-        if field not in texts:
-            problem = problem or ("missing turn", field, "")
-        elif not texts[field].strip():
-            problem = problem or ("empty", field, "")
-    return {"instruction": texts.pop("instruction", ""), "response": texts.pop("response", ""), **texts}, problem
+    problems = [
+        ("empty" if field in texts else "missing turn", field, "")
+        for field in ("response", "instruction")
+        if not texts.get(field, "").strip()
+    ]
+    first = {field: texts.pop(field, "") for field in ("instruction", "response")}
+    return first | texts, problems[0] if problems else None
 
 
 def count_characters(texts_of_rows: Iterable[Mapping[str, str]], rules: FilterRules) -> np.ndarray:
@@ -1333,17 +1328,11 @@ def written_row(row: Mapping[str, Any], texts: Mapping[str, str], rules: FilterR
     The column `conversations` stays as it was, unless `clean_conversations` applies the replacements to it as well.
     In a row of another form it takes the place of the columns that held the texts.
     """
-    columns, found = read_form(row)
-    turns = []
-    for turn in found:
-        role, content = read_turn(turn)
-        changed = turn
-        if role is not None and "role" not in turn:
-            others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-            changed = {"role": role, "content": content, **others}
-        if rules.clean_conversations and isinstance(content, str):
-            changed = {**changed, "content": replace_strings(rules.normal(content), rules)}
-        turns.append(changed)
+    columns, turns = read_form(row)
+    if rules.clean_conversations:
+        for place, turn in enumerate(turns):
+            if has_role(turn) and isinstance(turn.get("content"), str):
+                turns[place] = turn | {"content": replace_strings(rules.normal(turn["content"]), rules)}
     if columns != ("conversations",):
         row = {name: value for name, value in row.items() if name not in columns}
     return {**row, "conversations": turns, "instruction": texts["instruction"], "response": texts["response"]}

@@ -249,8 +249,8 @@ def test_unknown_forms_stop_at_once_with_row_and_columns(tmp_path, kind):
 def test_a_few_malformed_rows_do_not_stop_the_filter(capsys):
     good, bad = FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}
     helpers.check_forms("a", [good, bad, good, bad])
-    assert "2 rows read as conversations (from, value)" in (said := capsys.readouterr().out)
-    assert "2 rows cannot be used and will be dropped. The first one: a, row 2: " in said
+    assert "2 rows read as conversations" in (said := capsys.readouterr().out)
+    assert "2 rows cannot be used. The first one: a, row 2: " in said
     assert "3 of 4 rows" in refusal(helpers.check_forms, "a", [good, bad, bad, bad])
 
 
