@@ -105,7 +105,7 @@ def advise(head: bytes, line: bytes) -> str:
 def parse_json(where: str, head: bytes, text: bytes) -> Any:
     """The JSON value in `text`; RecipeError, beginning with `where`, says what is wrong with it (see `advise`)."""
     try:  # half a surrogate pair stays what it is: the filter names it
-        return json.loads(text.decode("utf-8-sig", "surrogatepass"))
+        return json.loads(text.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass"))
     except ValueError as error:
         raise RecipeError(f"{where}: not valid JSON ({str(error)[:120]}); {advise(head, text)}") from None
     except RecursionError:
@@ -139,7 +139,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
                 rows = parse_json(str(path), head, file.read())
             else:
                 for number, line in enumerate(file, start=1):
-                    if line.removeprefix(codecs.BOM_UTF8).strip():
+                    if line.removeprefix(codecs.BOM_UTF8).strip():  # each line may begin with a byte order mark
                         place = f"{path}, line {number}"
                         yield place, parse_json(place, head, line)
                 return
@@ -391,12 +391,13 @@ def show(table: Any, longest: int = 200) -> Any:
 def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
     """Open `path` for writing so that the file appears only when complete (written beside, then renamed).
 
-    UTF-8 text, or bytes with `binary`.
+    UTF-8 text, in which half a surrogate pair becomes its `\\u` escape, or bytes with `binary`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") if binary else open(part, "w", encoding="utf-8", newline="\n") as file:
+    text = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+    with open(part, "wb" if binary else "w", 2**20, **text) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -426,17 +427,15 @@ def json_text(row: Any) -> str:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value per line (see `json_text`) in UTF-8; half a surrogate pair becomes its `\\u` escape."""
-    with atomic_write(path, binary=True) as file:
-        for row in rows:
-            file.write(json_text(row).encode(errors="backslashreplace") + b"\n")
+    """Write one JSON value per line (see `json_text`) in UTF-8."""
+    with atomic_write(path) as file:
+        file.writelines(f"{json_text(row)}\n" for row in rows)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a report: indented JSON, UTF-8, Japanese readable."""
     with atomic_write(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -1257,41 +1256,36 @@ def judge(texts: Mapping[str, str], rules: FilterRules, forbidden: Forbidden) ->
     return [problem] if problem else []
 
 
-class Passed(NamedTuple):
-    """A row that passed every rule but the last: its number, the row as it came in, and its texts as judged."""
-
-    number: int
-    row: dict[str, Any]
-    texts: dict[str, str]
+Passed = tuple[
+    int, dict[str, Any], dict[str, str]
+]  # number of a row from 1, the row as it came in, its texts as judged
 
 
 def judge_rows(
     rows: Iterable[dict[str, Any]], read: Iterable[tuple[dict[str, str], Problem | None]], rules: FilterRules, rare: str
 ) -> tuple[list[Passed], list[dict[str, Any]], dict[tuple[str, str], list[int]]]:
-    """Apply every rule that needs no second look at the whole data set; `rare` characters are forbidden.
+    """Apply every rule but the last to the rows, in which `row_texts` found `read`; `rare` characters are forbidden.
 
-    `read` holds what `row_texts` found in each row.
-    Returns the rows that passed; a record of each dropped row: number from 1, reason, field, match, what else of the
-    forbidden it holds (`also`), and the row as it came in; and for each (reason, match) how many rows hold it and how
-    many of them no other rule would have dropped.
+    Returns the rows that passed; a record of each dropped row: number, reason, field, match, what else of the forbidden
+    it holds (`also`), and the row as it came in; and for each (reason, match) how many rows hold it and how many of
+    them no other rule would have dropped.
     """
     forbidden = Forbidden(rules, rare)
     passed, dropped, hits = [], [], defaultdict(lambda: [0, 0])
     for number, (row, (given, malformed)) in enumerate(zip(rows, read, strict=True), start=1):
         texts = {field: replace_strings(text, rules) for field, text in given.items()}
         problems = [malformed] if malformed else judge(texts, rules, forbidden)
-        problem = problems[0] if problems else _unwritable(row)
-        if problem is None:
-            passed.append(Passed(number, row, texts))
+        if not problems:
+            passed.append((number, row, texts))
             continue
         broken = []
-        if problem[0] in ("ng string", "rare character", "not cp932"):
+        if problems[0][0] in ("ng string", "rare character", "not cp932"):
             broken = list(dict.fromkeys((reason, match) for reason, _, match in problems))
         only = len(broken) == 1 and not not_japanese(texts, rules)
         for rule in broken:
             hits[rule][0] += 1
             hits[rule][1] += only
-        dropped.append(dropped_record(number, problem, row, [match for _, match in broken[1:]]))
+        dropped.append(dropped_record(number, problems[0], row, [match for _, match in broken[1:]]))
     return passed, dropped, hits
 
 
@@ -1299,14 +1293,6 @@ def dropped_record(number: int, problem: Problem, row: Mapping[str, Any], also: 
     """What `dropped_magpie.jsonl` says of a row."""
     reason, field, match = problem
     return {"number": number, "reason": reason, "field": field, "match": match, "also": list(also), "row": row}
-
-
-def _unwritable(row: Mapping[str, Any]) -> Problem | None:
-    try:
-        json_text(row).encode()
-    except UnicodeEncodeError:
-        return "unreadable", "another turn or column", "half a surrogate pair"
-    return None
 
 
 def drop_rare_afterwards(passed: Iterable[Passed], rare: str) -> tuple[list[Passed], list[dict[str, Any]]]:
@@ -1318,7 +1304,7 @@ def drop_rare_afterwards(passed: Iterable[Passed], rare: str) -> tuple[list[Pass
             worst = max(held)
             dropped.append(dropped_record(number, ("rare afterwards", held[worst], worst), row))
         else:
-            kept.append(Passed(number, row, texts))
+            kept.append((number, row, texts))
     return kept, dropped
 
 
