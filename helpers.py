@@ -20,7 +20,6 @@ import codecs
 import copy
 import csv
 import gc
-import gzip
 import hashlib
 import io
 import json
@@ -34,7 +33,6 @@ import threading
 import time
 import types
 import unicodedata
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -78,11 +76,15 @@ def collector_paused() -> Iterator[None]:
 NOT_ROWS = {
     b"\xff\xfe": "it is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "it is UTF-16 text; save it as UTF-8",
+    b"{\0": "it is UTF-16 text; save it as UTF-8",
+    b"[\0": "it is UTF-16 text; save it as UTF-8",
     b"PK\x03\x04": "it is a zip archive or an Excel file; unpack it, or save the table as CSV",
     b"BZh": "it is compressed with bzip2; unpack it",
     b"\xfd7zXZ": "it is compressed with xz; unpack it",
     b"version https://git-lfs": "it is only the Git LFS pointer to a file; run `git lfs pull`",
     b"<": "it is a web page or XML; fetch the file itself",
+    b"{\n": "one JSON object over several lines; write one object per line, or a list of objects",
+    b"{\r": "one JSON object over several lines; write one object per line, or a list of objects",
 }
 
 
@@ -90,12 +92,8 @@ def advise(head: bytes, line: bytes) -> str:
     """What a file that begins with `head`, and whose `line` cannot be read as UTF-8 JSON, seems to be; what to do."""
     if advice := next((advice for magic, advice in NOT_ROWS.items() if head.startswith(magic)), ""):
         return advice
-    if b"\0" in head[:2]:
-        return "it is UTF-16 text or a binary file; save it as UTF-8"
-    if line.strip() in (b"{", b"[{"):
-        return "one JSON object over several lines; write one object per line, or a list of objects"
     with suppress(UnicodeDecodeError):
-        line.decode("utf-8")
+        line.decode()
         return "correct or delete the line"
     for encoding in ("euc_jp", "cp932"):  # text in cp932 is next to never valid EUC-JP
         with suppress(UnicodeDecodeError):
@@ -104,23 +102,10 @@ def advise(head: bytes, line: bytes) -> str:
     return "correct or delete the line, or save the file as UTF-8"
 
 
-def with_depth(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function(value)`, tried again with a higher limit if the value is nested deeper than Python's limit allows."""
-    try:
-        return function(value)
-    except RecursionError:
-        limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(10_000)
-    try:
-        return function(value)
-    finally:
-        sys.setrecursionlimit(limit)
-
-
 def parse_json(where: str, head: bytes, text: bytes) -> Any:
     """The JSON value in `text`; RecipeError, beginning with `where`, says what is wrong with it (see `advise`)."""
     try:  # half a surrogate pair stays what it is: the filter names it
-        return with_depth(json.loads, text.decode("utf-8-sig", "surrogatepass"))
+        return json.loads(text.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass"))
     except ValueError as error:
         raise RecipeError(f"{where}: not valid JSON ({str(error)[:120]}); {advise(head, text)}") from None
     except RecursionError:
@@ -129,15 +114,11 @@ def parse_json(where: str, head: bytes, text: bytes) -> Any:
 
 def open_packed(path: Path) -> IO[bytes]:
     """Open a file for reading bytes; gzip and zstd are unpacked, whatever the file is called."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head.startswith(b"\x1f\x8b"):
-        return gzip.open(path, "rb")
-    if head == b"\x28\xb5\x2f\xfd":
-        import pyarrow
+    import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
+    with open(path, "rb") as file:
+        packed = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packed), 2**20)
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -146,61 +127,53 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
     Parquet and arrays are known by their first bytes, CSV and TSV by their names (`.csv.gz` is one, too). Raises
     RecipeError that names the place for what cannot be read.
     """
-    number = 0
+    table = re.search(r"\.(csv|tsv)\b", path.name.lower())
     try:
         with open_packed(path) as file:
             head = file.peek(64)[:64]
-            kind = next((suffix for suffix in path.suffixes if suffix.lower() in (".csv", ".tsv")), "").lower()
             if head.startswith(b"PAR1"):
-                rows: Iterable[Any] = read_parquet(path)
-            elif kind:
-                rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), "\t" if kind == ".tsv" else ",")
+                rows = read_parquet(path)
+            elif table:
+                rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), ",\t"[table[1] == "tsv"])
             elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 rows = parse_json(str(path), head, file.read())
             else:
                 for number, line in enumerate(file, start=1):
-                    if line.removeprefix(codecs.BOM_UTF8).strip():
+                    if line.removeprefix(codecs.BOM_UTF8).strip():  # each line may begin with a byte order mark
                         place = f"{path}, line {number}"
                         yield place, parse_json(place, head, line)
                 return
-            yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
+        yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text; {advise(head, error.object)}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        after = f"{path}, after line {number}"
-        raise RecipeError(f"{after}: cannot be read ({first_line(error)}); fetch it again") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
     """The rows of a Parquet file, with the columns that `datasets` stores as JSON text turned back into values."""
-    import pyarrow
-    import pyarrow.parquet
+    from datasets import Dataset
+    from pyarrow import ArrowException, parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-        if b"huggingface" not in (table.schema.metadata or {}):
-            return table.to_pylist()
-        from datasets import Dataset
-
-        return Dataset(table).to_list()
-    except (pyarrow.ArrowException, ValueError) as error:
+        return Dataset(parquet.read_table(path)).to_list()
+    except (ArrowException, ValueError) as error:
         raise RecipeError(f"{path}: the file cannot be read ({first_line(error)}); fetch or write it again") from None
 
 
 def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
     """The rows of a table with a header. All cells are text, but a column of whole numbers becomes numbers."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    table, rows = csv.DictReader(file, delimiter=delimiter, strict=True), []
     try:
-        header = next(reader, [])
-        rows = []
-        for cells in filter(None, reader):
-            if len(cells) != len(header):
-                problem = f"{len(cells)} cells, but the header has {len(header)}"
-                raise RecipeError(f"{path}, line {reader.line_num}: {problem}; put cells with commas into quotes")
-            rows.append(dict(zip(header, cells, strict=True)))
+        for row in table:
+            if None in row or None in row.values():  # a cell too many, or too few
+                problem = f"not {len(table.fieldnames)} cells as in the header; put cells with commas into quotes"
+                raise RecipeError(f"{path}, line {table.line_num}: {problem}")
+            rows.append(row)
     except csv.Error as error:
-        raise RecipeError(f"{path}, line {reader.line_num}: not valid CSV ({error}); correct the line") from None
+        raise RecipeError(f"{path}, line {table.line_num}: not valid CSV ({error}); correct the line") from None
+    header = table.fieldnames or []
     if len(set(header)) < len(header):
         raise RecipeError(f"{path}: two columns have the same name; the header is {header}")
     for column in header:
@@ -274,19 +247,27 @@ KNOWN_FORMS = (
 )
 
 
-def read_turn(turn: Any) -> tuple[Any, Any]:
-    """(role, content) of a turn in either spelling; roles are "user", "assistant" and others. (None, None) if none."""
-    if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
-        return None, None
-    role, content = (turn["role"], turn.get("content")) if "role" in turn else (turn["from"], turn.get("value"))
-    return ROLES.get(role, role) if isinstance(role, str) else "", content
+def read_turn(turn: Any) -> Any:
+    """A turn with the keys role ("user", "assistant" or others) and content, whatever they are called in it."""
+    if not isinstance(turn, dict) or turn.get("role") in ("user", "assistant"):
+        return turn
+    names = {} if "role" in turn else {"from": "role", "value": "content"}
+    turn = {names.get(key, key): value for key, value in turn.items()}
+    if "role" in turn:
+        turn["role"] = ROLES.get(turn["role"], turn["role"]) if isinstance(turn["role"], str) else ""
+    return turn
+
+
+def has_role(turn: Any) -> bool:
+    """Whether what `read_turn` returns is a turn."""
+    return isinstance(turn, dict) and "role" in turn
 
 
 def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tuple[str, ...], list[Any]]:
-    """The columns of a row that hold its texts, and the texts as turns; ((), []) if the form is none of the known.
+    """The columns of a row that hold its texts, and its turns (see `read_turn`); ((), []) if the form is unknown.
 
-    Turns in a list are returned as they are. Where a row has both such a list and columns with question and answer,
-    the list is taken, or with `columns_first` the columns.
+    Where a row has both a list of turns and columns with question and answer, the list is taken, or with
+    `columns_first` the columns.
     """
     chat: tuple[tuple[str, ...], list[Any]] = (), []
     for name in CHATS:
@@ -295,14 +276,13 @@ def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tupl
             with suppress(ValueError, RecursionError):
                 turns = json.loads(turns)
         if isinstance(turns, list):
-            chat = (name,), turns
+            chat = (name,), [read_turn(turn) for turn in turns]
             break
     if chat[0] and not columns_first:
         return chat
 
-    def first(names: Iterable[str]) -> tuple[str, ...]:
-        held = [name for name in names if name in row]
-        return tuple([name for name in held if row[name] is not None][:1] or held[:1])
+    def first(names: Iterable[str]) -> tuple[str, ...]:  # a column that is null only if there is no better one
+        return tuple(sorted((name for name in names if name in row), key=lambda name: row[name] is None)[:1])
 
     question, answer = first(QUESTIONS), first(ANSWERS)
     if not question or (chat[0] and (not answer or row[answer[0]] is None)):
@@ -313,7 +293,7 @@ def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tupl
     wrong = [part for part in parts if not isinstance(part, str)]
     texts = [wrong[0] if wrong else "\n".join(filter(None, parts))]
     texts += [str(row[name]) if is_number(row[name]) else row[name] for name in answer]
-    history, columns = row.get("history"), question + context + answer
+    columns, history = question + context + answer, row.get("history")
     if isinstance(history, list) and history:  # the turns before, as LLaMA-Factory stores them: a list of pairs
         texts = [text for pair in history if isinstance(pair, list) for text in pair[:2]] + texts
         columns += ("history",)
@@ -334,11 +314,9 @@ def check_text(where: str, value: Any, or_number: bool = False) -> str:
         kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
         found = kinds.get(type(value), type(value).__name__)
         raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(value[error.start]):04X}, half a surrogate pair"
-        raise RecipeError(f"{where} holds {half}, which UTF-8 cannot hold; correct the text") from None
+    if half := re.search("[\ud800-\udfff]", value):
+        found = f"U+{ord(half[0]):04X}, half a surrogate pair"
+        raise RecipeError(f"{where} holds {found}, which UTF-8 cannot hold; correct the text")
     return value
 
 
@@ -350,24 +328,20 @@ def read_pair(
     Raises RecipeError, beginning with `place`, for a row of unknown form and for a question or answer that is no text.
     """
     columns, turns = read_form(row, columns_first)
-    form, roles, texts = ", ".join(columns), [], {}
+    form = ", ".join(columns)
     for number, turn in enumerate(turns, start=1):
-        role, content = read_turn(turn)
-        if role is None:
+        if not has_role(turn):
             raise RecipeError(f"{place}: turn {number} of {form} has no role; {KNOWN_FORMS}")
-        roles.append(role)
-        texts.setdefault(role, content)
-    for role, part in (("user", "question"), ("assistant", "answer")):
-        if role not in texts and (role == "user" or need_answer):
-            chat = columns and columns[0] in CHATS
-            held = f"roles in {form} are {list(texts)}" if chat else f"columns are {sorted(map(str, row))[:20]}"
+    roles = [turn["role"] for turn in turns]
+    for role, part in (("user", "question"), ("assistant", "answer"))[: 1 + need_answer]:
+        if role not in roles:
+            in_turns = columns and columns[0] in CHATS
+            held = f"roles in {form} are {roles[:20]}" if in_turns else f"columns are {sorted(map(str, row))[:20]}"
             raise RecipeError(f"{place}: no {part} found; its {held}; {KNOWN_FORMS}")
-    if columns[0] in CHATS:
-        form += " (role, content)" if "role" in turns[0] else " (from, value)"
-        form += ", without the system text" if "system" in texts else ""
+    form += ", without the system text" if "system" in roles else ""
     form += ", first question of several" if roles.count("user") > 1 else ""
-    question = check_text(f"{place}: the question ({columns[0]})", texts["user"])
-    answer = texts.get("assistant")
+    texts = {turn["role"]: turn.get("content") for turn in reversed(turns)}
+    question, answer = check_text(f"{place}: the question ({columns[0]})", texts["user"]), texts.get("assistant")
     return form, question, check_text(f"{place}: the answer ({form})", answer, True) if need_answer else answer
 
 
@@ -378,13 +352,9 @@ def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
     Of a conversation the first question and the first answer are taken. Raises RecipeError naming file, row and column
     where one of them is missing or no text; a number as an answer becomes its digits.
     """
-    pairs, forms = [], Counter()
-    for place, row in read_rows(name, revision):
-        form, question, answer = read_pair(place, row)
-        pairs.append({"input": question, "output": answer})
-        forms[form] += 1
-    print_forms(name, forms)
-    return pairs
+    pairs = [read_pair(place, row) for place, row in read_rows(name, revision)]
+    print_forms(name, Counter(form for form, _, _ in pairs))
+    return [{"input": question, "output": answer} for _, question, answer in pairs]
 
 
 def print_forms(name: str, forms: Mapping[str, int]) -> None:
@@ -400,11 +370,12 @@ def check_forms(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
             forms[read_pair(f"{name}, row {number}", row, columns_first=False)[0]] += 1
         except RecipeError as error:
             problems.append(str(error))
+    said = f"cannot be used. The first one: {problems[0]}" if problems else ""
     if 2 * len(problems) > len(rows):
-        raise RecipeError(f"{len(problems):,} of {len(rows):,} rows cannot be used. The first one: {problems[0]}")
+        raise RecipeError(f"{len(problems):,} of {len(rows):,} rows {said}")
     print_forms(name, forms)
     if problems:
-        print(f"{len(problems):,} rows cannot be used and will be dropped. The first one: {problems[0]}")
+        print(f"{len(problems):,} rows {said}; such rows will be dropped")
 
 
 def show(table: Any, longest: int = 200) -> Any:
@@ -420,12 +391,13 @@ def show(table: Any, longest: int = 200) -> Any:
 def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
     """Open `path` for writing so that the file appears only when complete (written beside, then renamed).
 
-    UTF-8 text, or bytes with `binary`.
+    UTF-8 text, in which half a surrogate pair becomes its `\\u` escape, or bytes with `binary`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") if binary else open(part, "w", encoding="utf-8", newline="\n") as file:
+    text = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+    with open(part, "wb" if binary else "w", 2**20, **text) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -448,30 +420,22 @@ def json_text(row: Any) -> str:
     NaN and infinity, which JSON does not have, become null; bytes become base64, dates and decimals their text.
     """
     try:
-        return with_depth(_to_json, row)
+        return _to_json(row)
     except ValueError:
-        plain = with_depth(json.JSONEncoder(default=_json_value).encode, row)
-        return with_depth(_to_json, with_depth(json.JSONDecoder(parse_constant=lambda _: None).decode, plain))
+        plain = json.dumps(row, default=_json_value)
+        return _to_json(json.loads(plain, parse_constant=lambda _: None))
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
-    """Write one JSON value per line (see `json_text`) in UTF-8; returns the number of rows.
-
-    Half a surrogate pair, which UTF-8 cannot hold, is written as its `\\u` escape.
-    """
-    count = 0
-    with atomic_write(path, binary=True) as file:
-        for row in rows:
-            file.write(json_text(row).encode(errors="backslashreplace") + b"\n")
-            count += 1
-    return count
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value per line (see `json_text`) in UTF-8."""
+    with atomic_write(path) as file:
+        file.writelines(f"{json_text(row)}\n" for row in rows)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a report: indented JSON, UTF-8, Japanese readable."""
     with atomic_write(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -540,34 +504,25 @@ def wandb_mode(key: str) -> str:
 
 
 # Licences of data that ask for nothing but a notice. Share-alike, non-commercial and unknown ones are not among them.
-ALLOWED_LICENCES = (
-    "afl-3.0",
-    "apache-2.0",
-    "bsd-2-clause",
-    "bsd-3-clause",
-    "cc-by-3.0",
-    "cc-by-4.0",
-    "cc0-1.0",
-    "cdla-permissive-2.0",
-    "mit",
-    "odc-by",
-    "pddl",
-    "unlicense",
-)
+ALLOWED_LICENCES = [
+    *("afl-3.0", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-3.0", "cc-by-4.0", "cc0-1.0"),
+    *("cdla-permissive-2.0", "mit", "odc-by", "pddl", "unlicense"),
+]
 OWN_DATA = "your own (local file)"
 
 
-def check_licence(name: str, licences: Sequence[str], also_allowed: str = "") -> str:
-    """The licences of the data set `name` as one text; RecipeError if one is neither in ALLOWED_LICENCES nor in
-    `also_allowed` (identifiers with commas between; "unknown" stands for a card that names none)."""
-    found = [licence.lower() for licence in licences] or ["unknown"]
-    allowed = {*ALLOWED_LICENCES, *(part.strip().lower() for part in also_allowed.split(","))}
-    if wrong := [licence for licence in found if licence not in allowed]:
-        raise RecipeError(
-            f"{name}: the licence {', '.join(wrong)} is not on the allowed list (what is trained on share-alike data "
-            f"may inherit its licence); choose other data, or read it and set allow_licences = {', '.join(wrong)!r}"
-        )
-    return ", ".join(found)
+def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
+    """Raise RecipeError if a data set at the bottom of `inputs` has a licence that is neither in ALLOWED_LICENCES nor
+    in `also_allowed` (identifiers with commas between; "unknown" stands for a card that names none).
+    """
+    allowed = [*ALLOWED_LICENCES, OWN_DATA, *(part.strip().lower() for part in also_allowed.split(","))]
+    for role, source in origins(inputs).items():
+        found = "" if role in ("model", "adapter") else source.get("licence", OWN_DATA)
+        if wrong := ", ".join(licence for licence in found.split(", ") if found and licence not in allowed):
+            raise RecipeError(
+                f"{source['name']}: the licence {wrong} is not on the allowed list (what is trained on share-alike "
+                f"data may inherit its licence); choose other data, or read it and set allow_licences = {wrong!r}"
+            )
 
 
 # Records: what was made from what, in one form for all notebooks. The record of a folder is the file record.json in it,
@@ -594,16 +549,11 @@ def hash_files(product: str | Path) -> dict[str, str]:
     files that were not written to their end.
     """
     product = Path(product)
-    if not product.is_dir():
-        return {product.name: sha256_file(product)} if product.is_file() else {}
-    paths = {path.relative_to(product): path for path in sorted(product.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): sha256_file(path)
-        for name, path in paths.items()
-        if not any(part.startswith(".") for part in name.parts)
-        and name.name.lower() not in ("record.json", "readme.md", "thumbs.db", "desktop.ini")
-        and name.suffix != ".part"
-    }
+    if product.is_file():
+        return {product.name: sha256_file(product)}
+    left_out = re.compile(r"(^|/)(\.|(record\.json|readme\.md|thumbs\.db|desktop\.ini)$)|\.part$", re.IGNORECASE)
+    files = {path.relative_to(product).as_posix(): path for path in sorted(product.rglob("*")) if path.is_file()}
+    return {name: sha256_file(path) for name, path in files.items() if not left_out.search(name)}
 
 
 def digest(value: Any) -> str:
@@ -615,12 +565,10 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Installed versions by distribution name; "" for a package that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for name in names:
-        try:
+    versions = dict.fromkeys(names, "")
+    for name in versions:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = ""
     return versions
 
 
@@ -637,27 +585,23 @@ def write_record(product: str | Path, record: Mapping[str, Any]) -> None:
     write_json(record_path(product), {**record, "files": hash_files(product)})
 
 
-def is_record(value: Any) -> bool:
-    """Whether a value that JSON gave has the form of a record; `files` is missing in that of something unfinished."""
+def read_record(product: str | Path, path: str | Path = "") -> dict[str, Any]:
+    """The record of a local folder or file, or at `path`; {} if there is none, or it is damaged or has another form.
 
-    def has(row: Any, **kinds: type) -> bool:
-        return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
-
-    def is_source(row: Any) -> bool:
-        return has(row, name=str, commit=str, sha256=str, inputs=dict) and all(map(is_source, row["inputs"].values()))
-
-    parts = {"stage": str, "inputs": dict, "settings": dict, "versions": dict, "files": dict}
-    whole = isinstance(value, dict) and has({"files": {}} | value, **parts)
-    return whole and all(map(is_source, value["inputs"].values()))
-
-
-def read_record(product: str | Path) -> dict[str, Any]:
-    """The record of a local folder or file; {} if there is none, or one that is damaged or has another form."""
+    The record of something unfinished has no `files`.
+    """
     try:
-        record = json.loads(record_path(product).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(Path(path or record_path(product)).read_text(encoding="utf-8"))
+        whole = {"stage", "inputs", "settings", "versions"} <= record.keys() and are_sources(record["inputs"])
+    except (OSError, ValueError, RecursionError, AttributeError):
         return {}
-    return record if is_record(record) else {}
+    return record if whole else {}
+
+
+def are_sources(inputs: Mapping[str, Any]) -> bool:
+    """Whether every input of a record has the form of a source."""
+    keys = {"name", "commit", "sha256", "inputs"}
+    return all(keys <= source.keys() and are_sources(source["inputs"]) for source in inputs.values())
 
 
 def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
@@ -690,34 +634,24 @@ def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
 
 
 def data_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
-    """The source (see Records) of a data set: a local file or folder, or a hub data set with the licence of its card.
+    """The source (see Records) of a data set: a local file or folder, which counts as your own, or a hub data set.
 
-    A local file counts as your own. A hub data set that notebook 2 pushed has a record, too. Raises RecipeError for a
-    hub data set whose card cannot be read, for a file of this series that was changed afterwards, and, if it must be
-    `finished`, for one without a record.
+    Raises RecipeError for a hub data set whose card cannot be read, for a file of this series that was changed
+    afterwards, and, if it must be `finished`, for one without a record.
     """
     if finished or Path(name).exists():
-        record = check_files(name, finished)
-        sha256 = digest(record.get("files") or hash_files(name))
-        inputs = record.get("inputs", {})
-        return {"name": name, "commit": "", "sha256": sha256, "licence": OWN_DATA, "inputs": inputs}
-    from huggingface_hub import HfApi, hf_hub_download
+        return _source(name, "", check_files(name, finished), {"licence": OWN_DATA})
+    from huggingface_hub import HfApi
 
     try:
-        info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
-        records = [file.rfilename for file in info.siblings or () if file.rfilename.endswith(".record.json")]
-        paths = [hf_hub_download(name, file, repo_type="dataset", revision=info.sha) for file in records[:1]]
+        commit = HfApi().dataset_info(name, revision=revision or None, timeout=20).sha or ""
+        card = {"licence": "unknown"} | card_licence(name, commit, "dataset")
+        return _source(name, commit, hub_record(name, commit, "filtered_magpie.jsonl.record.json", "dataset"), card)
     except Exception as error:
         raise RecipeError(
             f"{name}: its licence cannot be read from the hub ({first_line(error)}); check the name, the network and, "
             "for a private one, the secret HF_TOKEN; or name a local file"
         ) from None
-    licence = (info.card_data or {}).get("license") or "unknown"
-    licence = licence if isinstance(licence, str) else ", ".join(licence)
-    record = read_record(paths[0].removesuffix(".record.json")) if paths else {}
-    sha256 = digest(record["files"]) if record.get("files") else ""
-    source = {"name": name, "commit": info.sha or "", "sha256": sha256, "licence": licence.lower()}
-    return {**source, "inputs": record.get("inputs", {})}
 
 
 def model_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
@@ -726,38 +660,42 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
     If it must be `finished`, it is a folder that an earlier notebook wrote, and has a record.
     """
     commit = "" if finished else find_model(name, revision)
-    if commit:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+    record = hub_record(name, commit) if commit else check_files(name, finished)
+    return _source(name, commit, record, card_licence(name, commit))
 
-        try:
-            record = read_record(Path(hf_hub_download(name, "record.json", revision=commit)).parent)
-        except EntryNotFoundError:
-            record = {}
-        files = record.get("files")
-    else:
-        record = check_files(name, finished)
-        files = record.get("files") or hash_files(name)
+
+def _source(name: str, commit: str, record: Mapping[str, Any], licence: Mapping[str, str]) -> dict[str, Any]:
+    files = record.get("files") or ({} if commit else hash_files(name))
     sha256 = digest(files) if files else ""
-    source = {"name": name, "commit": commit, "sha256": sha256, "inputs": record.get("inputs", {})}
-    return source | card_licence(name, commit)
+    return {"name": name, "commit": commit, "sha256": sha256, **licence, "inputs": record.get("inputs", {})}
 
 
-def card_licence(name: str, commit: str) -> dict[str, str]:
-    """The licence that the card of a model names: `licence`, and of one that the hub has no name for also
-    `licence_name` and `licence_link`. {} if there is no card that can be read, or it names none.
+def hub_record(name: str, commit: str, file: str = "record.json", kind: str = "model") -> dict[str, Any]:
+    """The record in a hub repository; {} if it holds none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return read_record("", hf_hub_download(name, file, repo_type=kind, revision=commit))
+    except EntryNotFoundError:
+        return {}
+
+
+def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
+    """The licence that a card names: `licence` (several with ", " between), and of one that the hub has no name for
+    also `licence_name` and `licence_link`. {} if there is no card that can be read, or it names none.
     """
     import yaml
     from huggingface_hub import hf_hub_download, metadata_load
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        card = metadata_load(hf_hub_download(name, "README.md", revision=commit) if commit else Path(name, "README.md"))
+        path = hf_hub_download(name, "README.md", repo_type=kind, revision=commit) if commit else f"{name}/README.md"
+        card = metadata_load(path) or {}
     except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError):
         return {}
-    card = card or {}
     licences = card.get("license") or []
-    found = {"licence": ", ".join(map(str, licences if isinstance(licences, list) else [licences]))}
+    found = {"licence": ", ".join(map(str, licences if isinstance(licences, list) else [licences])).lower()}
     found |= {f"licence_{part}": card.get(f"license_{part}") for part in ("name", "link")}
     return {key: str(value) for key, value in found.items() if value}
 
@@ -781,13 +719,6 @@ def origins(inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
-    """Raise RecipeError if one of the data sets at the bottom of `inputs` has a licence that is not allowed."""
-    for role, source in origins(inputs).items():
-        if role not in ("model", "adapter") and source.get("licence", OWN_DATA) != OWN_DATA:
-            check_licence(source["name"], source["licence"].split(", "), also_allowed)
-
-
 def identity(source: Mapping[str, Any]) -> str:
     """What tells a source from another one: its contents, wherever they lie; without a hash its commit or name."""
     return source["sha256"] or source["commit"] or source["name"]
@@ -808,69 +739,63 @@ class Text(NamedTuple):
 
 NAME = Text(r"(?![~\s]).*\S", "the name of a file, a folder or a hub repository, without ~ and spaces at its ends")
 NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
-HUB_REPO = Text(r"([\w.-]+/[\w.-]+)?", "empty or a hub repository, owner/name")
-URL = Text(r"(https?://[^\s/]\S*)?", "empty or an address that begins with https:// or http://")
-PROJECT = Text(r"[^/\\#?%:\n]{0,128}", "empty or a name of at most 128 characters without / \\ # ? % :")
 ANY_TEXT = Text(r".*", "text on one line")
-ENGINES = ["transformers", "unsloth"]
-MANY = 10**9
+MANY, SWITCH = 10**9, [True, False]
 
-# What each parameter of the notebooks may be: a choice from a list, a whole number of a range, a real number from a
-# smallest to a largest value, or text. The upper limits are there for slips of the hand.
+# What each parameter of the notebooks may be: text, a whole number of a range, a real number from a smallest to a
+# largest value, or a choice from a list. The upper limits are there for slips of the hand.
 PARAMETERS: dict[str, list | range | tuple[float, float] | Text] = {
-    # all notebooks
-    "output_dir": NAME,
-    "drive_dir": NAME_OR_EMPTY,
-    "hub_repo": HUB_REPO,
-    "allow_licences": ANY_TEXT,
-    "engine": ENGINES,
-    "model": NAME_OR_EMPTY,
-    "qa_data": NAME,
-    "train_data": NAME_OR_EMPTY,
+    **dict.fromkeys(("output_dir", "base_model", "dataset", "rules", "qa_data", "tasks", "retriever"), NAME),
+    **dict.fromkeys(("drive_dir", "model", "train_data", "adapter"), NAME_OR_EMPTY),
+    **dict.fromkeys(("base_revision", "dataset_revision"), NAME_OR_EMPTY),
+    **dict.fromkeys(("allow_licences", "judge_model"), ANY_TEXT),
+    "hub_repo": Text(r"([\w.-]+/[\w.-]+)?", "empty or a hub repository, owner/name"),
+    "judge_base_url": Text(r"(https?://[^\s/]\S*)?", "empty or an address that begins with https:// or http://"),
+    "wandb_project": Text(r"[^/\\#?%:\n]{0,128}", "empty or a name of at most 128 characters without / \\ # ? % :"),
+    **dict.fromkeys(("max_rows", "max_steps", "warmup_steps"), range(MANY)),
+    **dict.fromkeys(("save_steps", "logging_steps"), range(1, MANY)),
+    **dict.fromkeys(("r", "per_device_train_batch_size"), range(1, 4097)),
+    "gradient_accumulation_steps": range(1, 65_537),
+    "batch_size": range(4097),
     "max_seq_length": range(16, 2**20),
-    # 01_quantize
-    "base_model": NAME,
-    "base_revision": NAME_OR_EMPTY,
-    "quant_type": ["nf4", "fp4"],
-    "double_quant": [True, False],
-    # 02_filter_magpie
-    "dataset": NAME,
-    "dataset_revision": NAME_OR_EMPTY,
-    "max_rows": range(MANY),
-    "rules": NAME,
-    # 03_sft
-    "r": range(1, 4097),
+    "max_new_tokens": range(1, 2**20),
+    "query_max_tokens": range(8, 8193),
+    "k": range(10_001),
+    "seed": range(2**32),
     "lora_alpha": (1e-3, 65_536),
     "learning_rate": (1e-9, 0.1),
     "num_train_epochs": (1e-3, 1_000),
-    "per_device_train_batch_size": range(1, 4097),
-    "gradient_accumulation_steps": range(1, 65_537),
-    "warmup_steps": range(MANY),
     "eval_share": (0, 0.5),
-    "loss_on": ["text", "answer"],
     "neftune_noise_alpha": (0, 1_000),
-    "save_steps": range(1, MANY),
-    "logging_steps": range(1, MANY),
-    "max_steps": range(MANY),
-    "seed": range(2**32),
-    "wandb_project": PROJECT,
-    "export_merged": [True, False],
-    # 04_rag_inference
-    "adapter": NAME_OR_EMPTY,
-    "tasks": NAME,
-    "retriever": NAME,
-    "k": range(10_001),
-    "query_max_tokens": range(8, 8193),
-    "max_new_tokens": range(1, 2**20),
     "repetition_penalty": (1, 10),
-    "penalize_prompt": [True, False],
-    "ban_words": [True, False],
-    "prompt_style": ["2024", "training"],
-    "batch_size": range(4097),
     "time_budget_minutes": (0, 100_000),
-    "judge_base_url": URL,
-    "judge_model": ANY_TEXT,
+    "engine": ["transformers", "unsloth"],
+    "quant_type": ["nf4", "fp4"],
+    "loss_on": ["text", "answer"],
+    "prompt_style": ["2024", "training"],
+    **dict.fromkeys(("double_quant", "export_merged", "penalize_prompt", "ban_words"), SWITCH),
 }
+
+
+def wrong_values(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the `values` that are not what a table such as PARAMETERS allows, each with what it must be."""
+    wrong = {}
+    for name, allowed in table.items():
+        value = values.get(name, ...)
+        if isinstance(allowed, Text):
+            fits, words = isinstance(value, str) and re.fullmatch(allowed.pattern, value), allowed.words
+        elif isinstance(allowed, range):
+            fits = type(value) is int and value in allowed
+            words = f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
+        elif isinstance(allowed, tuple):
+            fits = type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
+            words = f"a number from {allowed[0]:g} to {allowed[1]:,g}"
+        else:
+            fits = type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
+            words = " or ".join(map(repr, allowed))
+        if name in values and not fits:
+            wrong[name] = words
+    return wrong
 
 
 def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
@@ -878,35 +803,15 @@ def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
 
     Other names are left alone, so a notebook passes its globals(). `section` (of a run file) goes before the names.
     """
-    wrong = []
-    for name, allowed in PARAMETERS.items():
-        value = values.get(name, ...)
-        if value is ... or _is_allowed(value, allowed):
-            continue
-        words, text = _allowed_words(allowed), "" if value is None else value
+    problems = []
+    for name, words in wrong_values(values, PARAMETERS).items():
+        value, allowed, quoted = values[name], PARAMETERS[name], ""
         if not isinstance(value, str) and (isinstance(allowed, Text) or isinstance(allowed[0], str)):
-            words += f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
-        wrong.append(f"{section}{name} must be {words}; it is {value!r}")
-    if wrong:
-        raise RecipeError("; ".join(wrong))
-
-
-def _is_allowed(value: Any, allowed: list | range | tuple[float, float] | Text) -> bool:
-    if isinstance(allowed, Text):
-        return isinstance(value, str) and re.fullmatch(allowed.pattern, value) is not None
-    if isinstance(allowed, tuple):
-        return type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
-    return type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
-
-
-def _allowed_words(allowed: list | range | tuple[float, float] | Text) -> str:
-    if isinstance(allowed, Text):
-        return allowed.words
-    if isinstance(allowed, range):
-        return f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
-    if isinstance(allowed, tuple):
-        return f"a number from {allowed[0]:g} to {allowed[1]:,g}"
-    return " or ".join(repr(choice) for choice in allowed)
+            text = "" if value is None else value
+            quoted = f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
+        problems.append(f"{section}{name} must be {words}{quoted}; it is {value!r}")
+    if problems:
+        raise RecipeError("; ".join(problems))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -914,16 +819,16 @@ def _allowed_words(allowed: list | range | tuple[float, float] | Text) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def record_table(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """A Markdown table for a card: where everything comes from, the settings, the versions, and more `facts`."""
+def _card(data: Any, title: str, record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """A card: front matter, title, and a table of the origins, the settings, the versions and more `facts`."""
     rows = {}
     for role, source in origins(record["inputs"]).items():
         rows[role.replace("_", " ")] = ", ".join(filter(None, map(source.get, ("name", "commit", "licence"))))
-    rows["settings"] = ", ".join(
-        f"{name} {value}" for name, value in record["settings"].items() if name not in ("texts", "lists")
-    )
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
+    for part in ("settings", "versions"):
+        values = {name: value for name, value in record[part].items() if value != "" and name not in ("texts", "lists")}
+        rows[part] = ", ".join(f"{name} {value}" for name, value in values.items())
+    table = "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}"
 
 
 # What licences of models ask to be said with a model that was made from theirs.
@@ -934,41 +839,38 @@ LICENCE_NOTICES = {
 
 
 def model_card(title: str, record: Mapping[str, Any], tags: Iterable[str], facts: Mapping[str, Any]) -> str:
-    """Text of a hub model card (README.md): front matter with the base model's licence, `record_table`, and the notice
-    that its licence asks for.
-    """
+    """Text of a hub model card (README.md), with the base model's licence and the notice that it asks for."""
     from huggingface_hub import ModelCardData
 
     sources = origins(record["inputs"])
     base = sources.pop("model")
-    licences = [licence for licence in base.get("licence", "").split(", ") if licence]
+    licences = base["licence"].split(", ") if base.get("licence") else [None]
     data = ModelCardData(
         base_model=base["name"],
         language="ja",
-        license=licences[0] if len(licences) == 1 else licences or None,
+        license=licences if len(licences) > 1 else licences[0],
         license_name=base.get("licence_name"),
         license_link=base.get("licence_link"),
         tags=list(tags),
         datasets=[source["name"] for source in sources.values() if source["commit"]] or None,
     )
-    notices = [notice for name, notice in LICENCE_NOTICES.items() if any(known.startswith(name) for known in licences)]
-    text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
-    return "\n".join([text, *notices]) + "\n" * bool(notices)
+    notices = [f"\n{text}\n" for name, text in LICENCE_NOTICES.items() if f", {name}" in f", {base.get('licence')}"]
+    return "".join([_card(data, title, record, facts), *notices])
 
 
 def dataset_card(title: str, record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Text of a hub dataset card: front matter with the licence of the source, and `record_table`."""
+    """Text of a hub dataset card (README.md), with the licence of the source."""
     from huggingface_hub import DatasetCardData
 
     source = record["inputs"]["dataset"]
-    from_hub = bool(source["commit"])
+    licences = [licence for licence in source["licence"].split(", ") if licence not in (OWN_DATA, "unknown")]
     data = DatasetCardData(
         language="ja",
-        license=source["licence"].split(", ") if from_hub and source["licence"] != "unknown" else None,
-        source_datasets=[source["name"]] if from_hub else None,
+        license=licences or None,
+        source_datasets=[source["name"]] if source["commit"] else None,
         configs=[{"config_name": "default", "data_files": "filtered_magpie.jsonl"}],  # the record beside it is no data
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{record_table(record, facts)}"
+    return _card(data, title, record, facts)
 
 
 def empty_model(config: Any) -> Any:
@@ -1034,14 +936,7 @@ def cache_shape(config: Any) -> tuple[int, int, int]:
 
 
 def estimate_memory(
-    config: Any,
-    *,
-    four_bit: bool,
-    r: int = 0,
-    batch_size: int = 0,
-    length: int = 0,
-    slots: int = 0,
-    columns: int = 0,
+    config: Any, *, four_bit: bool, r: int = 0, batch_size: int = 0, length: int = 0, slots: int = 0, columns: int = 0
 ) -> dict[str, float]:
     """GiB of GPU memory that a run will need at its peak, part by part, from the model's transformers config.
 
@@ -1053,13 +948,13 @@ def estimate_memory(
     model = empty_model(config)
     linear = layer_matrices(model).values()
     in_linear = sum(module.weight.numel() for module in linear)
-    bytes_a_weight = 4.127 / 8 if four_bit else 2  # NF4, double quantization
     adapter = r * sum(module.in_features + module.out_features for module in linear)
     tokens = batch_size * length
     layers, key_heads, width = cache_shape(config)
     inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
     gib = {
-        "weights": in_linear * bytes_a_weight + 2 * (model.num_parameters() - in_linear),
+        # NF4 with double quantization takes 4.127 bits for each weight.
+        "weights": in_linear * (4.127 / 8 if four_bit else 2) + 2 * (model.num_parameters() - in_linear),
         # Weights and gradients in float32 and two moments of a byte each; 16 bit and nothing else for answering.
         "adapter": adapter * (10 if tokens else 2),
         # One hidden state a layer is kept; of one layer at a time five tensors of the MLP are alive.
@@ -1075,13 +970,13 @@ def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], remedy:
     """Lines that say whether a run that needs `need` GiB (see `estimate_memory`) fits the GPU (see `find_gpu`)."""
     total = sum(need.values())
     parts = ", ".join(f"{part} {size:.1f}" for part, size in need.items() if size >= 0.05)
-    lines = [f"this run needs about {total:.1f} GiB of GPU memory" + (f": {parts}" if parts else "")]
+    needed = f"this run needs about {total:.1f} GiB of GPU memory: {parts}"
     if gpu is None:
-        return [*lines, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
+        return [needed, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
     bf16 = "yes" if gpu["compute_capability"] >= 8 else "no, float16 is used"
-    lines.insert(0, f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}")
     fits = total <= 0.95 * gpu["free_gib"]
-    return [*lines, "it fits" if fits else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"]
+    verdict = "it fits" if fits else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"
+    return [f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}", needed, verdict]
 
 
 def check_free_folder(folder: str | Path, source: Mapping[str, Any]) -> None:
@@ -1136,9 +1031,19 @@ class FilterRules:
     cp932_also: str = ""  # characters that `cp932_only` lets pass nevertheless
 
     def __post_init__(self) -> None:
-        _check_rules(self)
+        def texts(value: Any) -> bool:
+            return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+        wrong = wrong_values(vars(self), RULES)
+        if not texts(self.ng) or "" in self.ng:  # an empty string is in every text
+            wrong["ng"] = "a list of strings, none of them empty"
+        pairs = self.replacements if isinstance(self.replacements, (list, tuple)) else [None]
+        if not all(texts(pair) and len(pair) == 2 and pair[0] for pair in pairs):
+            wrong["replacements"] = "a list of pairs of strings [old, new], in which old is not empty"
+        for name, wanted in wrong.items():
+            raise RecipeError(f"{name} is {str(getattr(self, name))[:60]!r}; it must be {wanted}")
         # A string in another Unicode form than the text would never be found in it.
-        pairs = tuple((self.composed(old), self.composed(new)) for old, new in self.replacements)
+        pairs = tuple((self.composed(old), self.composed(new)) for old, new in pairs)
         object.__setattr__(self, "replacements", pairs)
         object.__setattr__(self, "ng", tuple(map(self.composed, self.ng)))
 
@@ -1164,31 +1069,14 @@ class FilterRules:
         return unicodedata.normalize("NFC", string) if decomposed else string
 
 
-def _check_rules(rules: FilterRules) -> None:
-    def wrong(name: str, wanted: str) -> RecipeError:
-        return RecipeError(f"{name} is {str(getattr(rules, name))[:60]!r}; it must be {wanted}")
-
-    def filled(text: Any) -> bool:  # an empty string is in every text
-        return isinstance(text, str) and text != ""
-
-    pairs = rules.replacements if isinstance(rules.replacements, (list, tuple)) else [None]
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise wrong("replacements", "a list of pairs [old, new]")
-    if not all(filled(old) and isinstance(new, str) for old, new in pairs):
-        raise wrong("replacements", "pairs of strings, and what is to be replaced must not be empty")
-    if not isinstance(rules.ng, (list, tuple)) or not all(map(filled, rules.ng)):
-        raise wrong("ng", "a list of strings, none of them empty")
-    for name, most in {"rare_below": None, "rare_after_below": None, "japanese_percent": 100}.items():
-        value = getattr(rules, name)
-        if type(value) is not int or value < 0 or (most and value > most):
-            raise wrong(name, "a whole number" + (f" from 0 to {most}" if most else ", 0 or more"))
-    if type(rules.rare_share) not in (int, float) or not 0 <= rules.rare_share < 1:
-        raise wrong("rare_share", "a number from 0 to below 1 (0.00015 is 15 rows in 100,000)")
-    for name in ("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only"):
-        if type(getattr(rules, name)) is not bool:
-            raise wrong(name, "true or false")
-    if not isinstance(rules.cp932_also, str):
-        raise wrong("cp932_also", "a string of characters")
+# What the values of a rules file may be, beside its two lists (see PARAMETERS).
+RULES: dict[str, list | range | tuple[float, float] | Text] = {
+    **dict.fromkeys(("rare_below", "rare_after_below"), range(MANY)),
+    "rare_share": (0, 0.999),  # 0.00015 is 15 rows in 100,000
+    "japanese_percent": range(101),
+    **dict.fromkeys(("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only"), SWITCH),
+    "cp932_also": ANY_TEXT,
+}
 
 
 def load_rules(path: str | Path) -> FilterRules:
@@ -1198,19 +1086,14 @@ def load_rules(path: str | Path) -> FilterRules:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: the rules file cannot be read ({first_line(error)})") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a rules file holds one JSON object, found {type(values).__name__}")
-    values.pop("source", None)
-    known = [field.name for field in fields(FilterRules)]
-    for problem, keys in (("unknown", values.keys() - set(known)), ("missing", set(known) - values.keys())):
-        if keys:
-            raise RecipeError(f"{path}: {problem} key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
-    try:
+        values.pop("source", None)
+        known = [field.name for field in fields(FilterRules)]
+        if keys := values.keys() ^ set(known):
+            raise RecipeError(f"unknown or missing key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
         return FilterRules(**values)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        problem = error if isinstance(error, RecipeError) else f"it holds no rules ({first_line(error)})"
+        raise RecipeError(f"{path}: {problem}") from None
 
 
 def any_string(strings: Iterable[str]) -> re.Pattern:
@@ -1246,28 +1129,25 @@ def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str
         return {}, ("malformed", "conversations", type(row.get("conversations")).__name__)
     texts: dict[str, str] = {}
     for number, turn in enumerate(turns, start=1):
-        role, content = read_turn(turn)
-        if role is None:
+        if not has_role(turn):
             return {}, ("malformed", f"turn {number}", type(turn).__name__)
-        field = "instruction" if role == "user" else "response" if role == "assistant" else None
+        field, content = {"user": "instruction", "assistant": "response"}.get(turn["role"]), turn.get("content")
         if field is None or field in texts:
-            if not rules.all_turns:
-                continue
+            if not rules.all_turns or (content is None and turn.get("tool_calls")):
+                continue  # with `tool_calls` it calls a tool instead of saying something
             field = f"turn {number}"
-            if content is None and turn.get("tool_calls"):
-                continue  # it calls a tool instead of saying something
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
         texts[field] = rules.normal(content)
         if len(texts) == 2 and not rules.all_turns:
             break  # as in 2024, which never looks at what follows
-    problem = None
-    for field in ("response", "instruction"):
-        if field not in texts:
-            problem = problem or ("missing turn", field, "")
-        elif not texts[field].strip():
-            problem = problem or ("empty", field, "")
-    return {"instruction": texts.pop("instruction", ""), "response": texts.pop("response", ""), **texts}, problem
+    problems = [
+        ("empty" if field in texts else "missing turn", field, "")
+        for field in ("response", "instruction")
+        if not texts.get(field, "").strip()
+    ]
+    first = {field: texts.pop(field, "") for field in ("instruction", "response")}
+    return first | texts, problems[0] if problems else None
 
 
 def count_characters(texts_of_rows: Iterable[Mapping[str, str]], rules: FilterRules) -> np.ndarray:
@@ -1376,41 +1256,36 @@ def judge(texts: Mapping[str, str], rules: FilterRules, forbidden: Forbidden) ->
     return [problem] if problem else []
 
 
-class Passed(NamedTuple):
-    """A row that passed every rule but the last: its number, the row as it came in, and its texts as judged."""
-
-    number: int
-    row: dict[str, Any]
-    texts: dict[str, str]
+Passed = tuple[
+    int, dict[str, Any], dict[str, str]
+]  # number of a row from 1, the row as it came in, its texts as judged
 
 
 def judge_rows(
     rows: Iterable[dict[str, Any]], read: Iterable[tuple[dict[str, str], Problem | None]], rules: FilterRules, rare: str
 ) -> tuple[list[Passed], list[dict[str, Any]], dict[tuple[str, str], list[int]]]:
-    """Apply every rule that needs no second look at the whole data set; `rare` characters are forbidden.
+    """Apply every rule but the last to the rows, in which `row_texts` found `read`; `rare` characters are forbidden.
 
-    `read` holds what `row_texts` found in each row.
-    Returns the rows that passed; a record of each dropped row: number from 1, reason, field, match, what else of the
-    forbidden it holds (`also`), and the row as it came in; and for each (reason, match) how many rows hold it and how
-    many of them no other rule would have dropped.
+    Returns the rows that passed; a record of each dropped row: number, reason, field, match, what else of the forbidden
+    it holds (`also`), and the row as it came in; and for each (reason, match) how many rows hold it and how many of
+    them no other rule would have dropped.
     """
     forbidden = Forbidden(rules, rare)
     passed, dropped, hits = [], [], defaultdict(lambda: [0, 0])
     for number, (row, (given, malformed)) in enumerate(zip(rows, read, strict=True), start=1):
         texts = {field: replace_strings(text, rules) for field, text in given.items()}
         problems = [malformed] if malformed else judge(texts, rules, forbidden)
-        problem = problems[0] if problems else _unwritable(row)
-        if problem is None:
-            passed.append(Passed(number, row, texts))
+        if not problems:
+            passed.append((number, row, texts))
             continue
         broken = []
-        if problem[0] in ("ng string", "rare character", "not cp932"):
+        if problems[0][0] in ("ng string", "rare character", "not cp932"):
             broken = list(dict.fromkeys((reason, match) for reason, _, match in problems))
         only = len(broken) == 1 and not not_japanese(texts, rules)
         for rule in broken:
             hits[rule][0] += 1
             hits[rule][1] += only
-        dropped.append(dropped_record(number, problem, row, [match for _, match in broken[1:]]))
+        dropped.append(dropped_record(number, problems[0], row, [match for _, match in broken[1:]]))
     return passed, dropped, hits
 
 
@@ -1418,14 +1293,6 @@ def dropped_record(number: int, problem: Problem, row: Mapping[str, Any], also: 
     """What `dropped_magpie.jsonl` says of a row."""
     reason, field, match = problem
     return {"number": number, "reason": reason, "field": field, "match": match, "also": list(also), "row": row}
-
-
-def _unwritable(row: Mapping[str, Any]) -> Problem | None:
-    try:
-        json_text(row).encode()
-    except UnicodeEncodeError:
-        return "unreadable", "another turn or column", "half a surrogate pair"
-    return None
 
 
 def drop_rare_afterwards(passed: Iterable[Passed], rare: str) -> tuple[list[Passed], list[dict[str, Any]]]:
@@ -1437,7 +1304,7 @@ def drop_rare_afterwards(passed: Iterable[Passed], rare: str) -> tuple[list[Pass
             worst = max(held)
             dropped.append(dropped_record(number, ("rare afterwards", held[worst], worst), row))
         else:
-            kept.append(Passed(number, row, texts))
+            kept.append((number, row, texts))
     return kept, dropped
 
 
@@ -1447,17 +1314,11 @@ def written_row(row: Mapping[str, Any], texts: Mapping[str, str], rules: FilterR
     The column `conversations` stays as it was, unless `clean_conversations` applies the replacements to it as well.
     In a row of another form it takes the place of the columns that held the texts.
     """
-    columns, found = read_form(row)
-    turns = []
-    for turn in found:
-        role, content = read_turn(turn)
-        changed = turn
-        if role is not None and "role" not in turn:
-            others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-            changed = {"role": role, "content": content, **others}
-        if rules.clean_conversations and isinstance(content, str):
-            changed = {**changed, "content": replace_strings(rules.normal(content), rules)}
-        turns.append(changed)
+    columns, turns = read_form(row)
+    if rules.clean_conversations:
+        for place, turn in enumerate(turns):
+            if has_role(turn) and isinstance(turn.get("content"), str):
+                turns[place] = turn | {"content": replace_strings(rules.normal(turn["content"]), rules)}
     if columns != ("conversations",):
         row = {name: value for name, value in row.items() if name not in columns}
     return {**row, "conversations": turns, "instruction": texts["instruction"], "response": texts["response"]}

@@ -58,7 +58,7 @@ class Stage(PipelineStep):
             file_rows = helpers.load_rows(self.files[index])
             read = (helpers.row_texts(row, self.rules) for row in file_rows)
             passed, dropped, _ = helpers.judge_rows(file_rows, read, self.rules, rare)
-            counts_after = counts_after + helpers.count_characters((row.texts for row in passed), self.rules)
+            counts_after = counts_after + helpers.count_characters((texts for _, _, texts in passed), self.rules)
             helpers.write_jsonl(self.parts / f"judged-{index:06}.jsonl", [{"passed": passed, "dropped": dropped}])
         np.savez_compressed(self.parts / f"again-{rank:06}.npz", rows=0, counts=counts_after)
 
@@ -66,7 +66,7 @@ class Stage(PipelineStep):
         rare = helpers.rare_characters(self.total("again")[1], self.rules.rare_after)
         for index in files:
             judged = helpers.load_rows(self.parts / f"judged-{index:06}.jsonl")[0]
-            passed, late = helpers.drop_rare_afterwards((helpers.Passed(*row) for row in judged["passed"]), rare)
+            passed, late = helpers.drop_rare_afterwards(judged["passed"], rare)
             dropped = judged["dropped"] + late
             kept = (helpers.written_row(row, texts, self.rules) for _, row, texts in passed)
             helpers.write_jsonl(self.parts / f"filtered_magpie-{index:06}.jsonl", kept)

@@ -40,7 +40,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if "/resolve/" in self.path:
             repository, _, rest = self.path[1:].partition("/resolve/")
-            content = self.server.files.get(repository, {}).get(rest.partition("/")[2])
+            file, card = rest.partition("/")[2], self.server.cards.get(repository.removeprefix("datasets/"))
+            content = self.server.files.get(repository, {}).get(file)
+            if file == "README.md" and card is not None:
+                content = f"---\n{yaml.safe_dump(card)}\n---\n".encode()
             if content is None:
                 return self.answer({}, 404, X_Error_Code="EntryNotFound")
             return self.answer(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=SHA)
@@ -197,7 +200,8 @@ def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, reposit
     assert 'in notebook 3: model = "me/quantized"' in said
     said = run_alone("02_filter_magpie", tmp_path / "2", hub_repo="me/filtered", dataset="data/sample/magpie.jsonl")
     assert 'in notebook 3: train_data = "me/filtered"' in said
-    hub.cards["me/filtered"] = {"license": "apache-2.0"}  # the sample is a file of one's own, so its card names none
+    pushed = hub.files["datasets/me/filtered"]  # the sample is a file of one's own, so its card names no licence
+    pushed["README.md"] = pushed["README.md"].replace(b"---", b"---\nlicense: apache-2.0", 1)
     values = {"model": "me/quantized", "train_data": "me/filtered", "hub_repo": "me/adapter", "max_steps": 3}
     said = run_alone("03_sft", tmp_path / "3", **values, warmup_steps=1, logging_steps=1)
     assert 'in notebook 4: adapter = "me/adapter"' in said
