@@ -30,14 +30,12 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import types
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache, partial
@@ -2627,7 +2625,6 @@ RUBRIC = """あなたは日本語の回答を採点する、公平で厳密な�
 FENCE = "見出しの前には必ず{}という印があります。印のない【】は見出しではなく、本文の一部です。"
 AGAIN = 'Your answer could not be read ({}). Write only JSON: {{"reason": "...", "grade": an integer from 1 to 5}}'
 GIVE_UP_AFTER = 3  # questions in a row without a reply of the judge
-JUDGE_BYTES = 1_000_000  # a longer reply is not read to its end
 
 
 def judge_messages(task: Mapping[str, Any], answer: str) -> list[dict[str, str]]:
@@ -2659,83 +2656,30 @@ def parse_grade(text: str) -> dict[str, Any]:
     return {"grade": value["grade"], "reason": reason}
 
 
-def fetch_reply(messages: list[dict[str, str]], base_url: str, model: str, key: str, timeout: float) -> bytes:
-    """What the judge sends back; raises what the `openai` client raises. More than JUDGE_BYTES are not read to the end.
+def ask_judge(messages: list[dict[str, str]], usage: Counter, model: str, **server: Any) -> str:
+    """The text of the judge's reply, its tokens added to `usage`. `server`: base_url, api_key and timeout (seconds).
 
-    Nothing secret but `key` is sent, no redirect is followed, a proxy of the environment is used. A server that is
-    busy, failing or not there is asked up to four times: when its Retry-After says (if that is within two minutes),
-    otherwise after about 0.5, 1 and 2 s. A connection that is lost in the middle of the reply is not tried again.
+    A server that is busy, failing, not there or silent for `timeout` is asked up to four times, as its Retry-After
+    says. ConnectionError, with a short reason, without a reply; ValueError for one that is no chat answer.
     """
-    import httpx2
-    from openai import OpenAI, OpenAIError
+    from openai import APIStatusError, DefaultHttpxClient, OpenAI
 
-    deadline = time.monotonic() + timeout
-
-    def send_only_the_key(request: Any) -> None:  # and not what the client finds in OPENAI_CUSTOM_HEADERS, for example
-        if time.monotonic() > deadline:
-            raise OpenAIError  # which the client does not try again
-        names = ("host", "content-type", "content-length", "x-stainless-raw-response")
-        sent = {name: request.headers[name] for name in names}
-        request.headers = httpx2.Headers(sent | {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"})
-
-    def skip_error_text(response: Any) -> None:  # the client would read it all
-        if not response.is_success:
-            response.close()
-
-    hooks = {"request": [send_only_the_key], "response": [skip_error_text]}
-    connection = httpx2.Client(follow_redirects=False, event_hooks=hooks)
-    body = bytearray()
-    with OpenAI(base_url=base_url, api_key=key, max_retries=3, timeout=timeout, http_client=connection) as client:
-        create = client.chat.completions.with_streaming_response.create
-        with create(model=model, messages=messages, temperature=0) as reply:
-            for part in reply.http_response.iter_raw():
-                body += part
-                if len(body) > JUDGE_BYTES or time.monotonic() > deadline:
-                    break
-    return bytes(body)
-
-
-def ask_judge(*question: Any, timeout: float) -> bytes:
-    """`fetch_reply` within `timeout` seconds, retries included; ConnectionError, with a short reason, if that fails.
-
-    The time also ends for a server that sends its headers byte by byte: a thread reads them, and nobody waits for it.
-    """
-    from openai import APIStatusError
-
-    reply: Future[bytes] = Future()
-
-    def fetch() -> None:
-        try:
-            reply.set_result(fetch_reply(*question, timeout))
-        except Exception as error:
-            reply.set_exception(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
+    usage["requests"] += 1
     try:
-        return reply.result(timeout)
+        # No redirect: key and tasks go to the named server alone.
+        with OpenAI(**server, max_retries=3, http_client=DefaultHttpxClient(follow_redirects=False)) as client:
+            reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
     except APIStatusError as error:
-        reason = f"HTTP {error.status_code}"
+        raise ConnectionError(f"HTTP {error.status_code}") from None
     except Exception as error:  # whose message may hold the key
-        reason = type(error).__name__.removeprefix("API")
-    raise ConnectionError(reason)
-
-
-def read_reply(body: bytes, usage: Counter) -> str:
-    """The text of a chat answer, its tokens added to `usage`; ValueError for a body of another form."""
-    if len(body) > JUDGE_BYTES:
-        raise ValueError(f"an answer of more than {JUDGE_BYTES:,} bytes")
+        raise ConnectionError(type(error).__name__.removeprefix("API")) from None
     try:
-        reply = json.loads(body)
-        text = reply["choices"][0]["message"]["content"] or ""
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise ValueError(f"not a chat answer ({type(error).__name__})") from None
-    if not isinstance(text, str):
-        raise ValueError(f"not a chat answer (its content is of type {type(text).__name__})")
-    counts = reply.get("usage")
-    for name in ("prompt_tokens", "completion_tokens"):
-        count = counts.get(name) if isinstance(counts, dict) else 0
-        usage[name] += count if type(count) is int and count > 0 else 0
-    return text
+        text = reply.choices[0].message.content
+        if reply.usage:
+            usage.update(prompt_tokens=reply.usage.prompt_tokens, completion_tokens=reply.usage.completion_tokens)
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError("not a chat answer") from None
+    return str(text or "")
 
 
 def grade_answer(messages: list[dict[str, str]], ask: Callable[[list[dict[str, str]]], str]) -> dict[str, Any]:
@@ -2756,13 +2700,13 @@ def judge_answers(
     model: str,
     key: str,
     cache: str | Path,
-    timeout: float = 120.0,
+    timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Let a model behind an OpenAI-compatible endpoint grade the answers to the tasks that have a reference.
 
-    A grade is kept in the folder `cache`, by task, answer, judge and rubric, and not asked for again. A question takes
-    `timeout` seconds at most; after GIVE_UP_AFTER in a row without a reply no more are asked. Nothing is raised for
-    what the judge does: the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and
+    A grade is kept in the folder `cache`, by task, answer, judge and rubric, and not asked for again. After
+    GIVE_UP_AFTER questions in a row without a reply (see `ask_judge`) no more are asked. Nothing is raised for what
+    the judge does: the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and
     seconds.
     """
     from tqdm.auto import tqdm
@@ -2775,10 +2719,9 @@ def judge_answers(
         if silent == GIVE_UP_AFTER:
             raise ConnectionError(f"not asked: no answer {GIVE_UP_AFTER} times in a row")
         silent += 1
-        usage["requests"] += 1
-        body = ask_judge(messages, base_url, model, key, timeout=timeout)
+        text = ask_judge(messages, usage, model, base_url=base_url, api_key=key, timeout=timeout)
         silent = 0
-        return read_reply(body, usage)
+        return text
 
     for task, answer in tqdm(list(zip(tasks, answers, strict=True)), unit="grade"):
         if not reference_of(task):
