@@ -2114,24 +2114,7 @@ def answer_key(record: Mapping[str, Any], prompt: str) -> str:
 
 # A row of an answer log, besides task_id: the `answer_key`; the text; its length; whether it ended for want of room;
 # the longest that an answer could become just then; seconds since the answer before; 1, or 2 for the second attempt.
-ANSWER_ROW = {"key": str, "output": str, "new_tokens": int, "cut": bool, "limit": int, "seconds": float, "attempt": int}
-
-
-def parse_answer(line: bytes) -> dict[str, Any]:
-    """The row (see ANSWER_ROW) on a line of an answer log; ValueError says what is wrong with the line."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written to the submission
-    except (ValueError, RecursionError):
-        raise ValueError("not valid JSON" if line.strip() else "blank") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}, not an object")
-    if isinstance(row.get("task_id", []), (list, dict)):
-        raise ValueError("no task_id, or one that is a list or an object")
-    for name, kind in ANSWER_ROW.items():
-        if type(row.get(name)) is not kind:
-            raise ValueError(f"{name} is not of type {kind.__name__}" if name in row else f"no {name}")
-    return row
+ANSWER_ROW = ("key", "output", "new_tokens", "cut", "limit", "seconds", "attempt")
 
 
 def read_answers(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -2139,9 +2122,13 @@ def read_answers(path: str | Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield parse_answer(line)
-            except ValueError as error:
-                print(f"{path}, line {number}: left out ({error}); a task without another answer is answered again")
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and {"task_id", *ANSWER_ROW} <= row.keys():
+                yield row
+            else:
+                print(f"{path}, line {number}: left out (no answer); its task is answered again")
 
 
 def kept_answers(folder: str | Path, keys: Mapping[Any, str], finished: str | Path) -> dict[Any, dict[str, Any]]:
@@ -2152,26 +2139,18 @@ def kept_answers(folder: str | Path, keys: Mapping[Any, str], finished: str | Pa
     RecipeError asks what to do. `finished` is removed when a task is to be answered. With several processes the main
     one has to come first.
     """
-    logs = [
-        path for path in sorted(Path(folder).glob("answers*")) if re.fullmatch(r"answers(\.\d+)?\.jsonl", path.name)
-    ]
-    kept: dict[Any, dict[str, Any]] = {}
-    other = []
-    for path in logs:
-        for row in read_answers(path):
-            if keys.get(row["task_id"]) != row["key"]:
-                other.append(path)
-            elif row["attempt"] >= kept.get(row["task_id"], row)["attempt"]:
-                kept[row["task_id"]] = row
-    if other and not Path(finished).exists():
-        raise RecipeError(
-            f"{other[0]} holds {other.count(other[0])} answers of an interrupted run with other settings: set them "
-            "back to go on with it, or choose another output_dir, or delete that file"
-        )
-    if other:
-        kept = {}
+    logs = sorted(p for p in Path(folder).glob("answers*") if re.fullmatch(r"answers(\.\d+)?\.jsonl", p.name))
+    rows = [(path, row) for path in logs for row in read_answers(path)]
+    if other := [path for path, row in rows if keys.get(row["task_id"]) != row["key"]]:
+        if not Path(finished).exists():
+            raise RecipeError(
+                f"{other[0]} holds {other.count(other[0])} answers of an interrupted run with other settings: set them "
+                "back to go on with it, or choose another output_dir, or delete that file"
+            )
         for path in logs:
             path.unlink()
+        rows = []
+    kept = {row["task_id"]: row for _, row in sorted(rows, key=lambda pair: pair[1]["attempt"])}
     if keys.keys() - kept.keys():
         Path(finished).unlink(missing_ok=True)
     return kept
@@ -3164,119 +3143,31 @@ def load_adapter(model: Any, name: str, revision: str = "") -> Any:
             raise RecipeError(f"{name}: {missing} of its tensors are missing; train or fetch it again") from None
 
 
-# What the config of a plain LoRA adapter may set; everything else must be as in a new LoraConfig.
-PLAIN_LORA = (
-    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("lora_dropout", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode"),
-    "peft_version",
-)
+def merge_adapter(base: str, adapter: str | Path, target: str | Path, revision: str = "") -> None:
+    """Write the model `base` with an adapter added to its weights, all in bf16, into the folder `target`.
 
-
-def stored_tensors(folder: str | Path, file: str = "model.safetensors") -> dict[str, Path]:
-    """The file of every tensor that a folder stores in `file`, or in the files that its index names."""
-    from safetensors import safe_open
-
-    folder, index = Path(folder), Path(folder, f"{file}.index.json")
-    if index.is_file():
-        return {name: folder / f for name, f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    if not (folder / file).is_file():
-        raise RecipeError(f"{folder} holds no {file}; of other formats no merged model can be made")
-    with safe_open(folder / file, "pt") as opened:
-        return dict.fromkeys(opened.keys(), folder / file)
-
-
-def read_stored(files: Mapping[str, Path], name: str, device: str) -> Any:
-    """One of the `stored_tensors`; a weight in bitsandbytes' 4 bit is dequantized."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-    from safetensors import safe_open
-
-    with safe_open(files[name], "pt", device=device) as file:  # opened for one tensor, so that no other stays in memory
-        tensor = file.get_tensor(name)
-    # Beside a 4-bit weight stand the tensors that dequantize it.
-    state = {part: read_stored(files, part, device) for part in files if part.startswith(f"{name}.")}
-    if any(".quant_state.bitsandbytes__" in part for part in state):
-        return dequantize_4bit(tensor, QuantState.from_dict(state, device))
-    return tensor
-
-
-def lora_updates(adapter: str | Path, device: str) -> tuple[set[str], Callable[[str, Any], Any]]:
-    """The names of the weights W that a LoRA adapter changes, and the function of a name and W that gives the new W in
-    float32: W + lora_alpha / r x BA. RecipeError if the adapter does anything else."""
-    from peft import LoraConfig
-
-    config, usual = read_config(str(adapter), file="adapter_config.json"), LoraConfig().to_dict()
-    files = stored_tensors(adapter, "adapter_model.safetensors")
-    found = {name: re.fullmatch(r"(base_model\.model\.(.+)\.lora_)[AB]\.weight", name) for name in files}
-    more = [key for key, value in config.items() if key not in PLAIN_LORA and value != usual.get(key)]
-    if more := more + [name for name in files if not found[name]][:1]:
-        raise RecipeError(f"{adapter} cannot be merged, it is more than plain LoRA: {', '.join(more)}")
-    factor = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    prefixes = {f"{match[2]}.weight": match[1] for match in found.values()}
-
-    def update(name: str, weight: Any) -> Any:
-        a, b = (read_stored(files, f"{prefixes[name]}{side}.weight", device).float() for side in "AB")
-        return weight.float().addmm_(b, a, alpha=factor)
-
-    return set(prefixes), update
-
-
-def merge_adapter(
-    base: str, adapter: str | Path, target: str | Path, revision: str = "", shard_size: float = 2e9
-) -> None:
-    """Write the model `base` with a LoRA adapter added to its weights, all in bf16, into the folder `target`.
-
-    The base is a folder, or a hub repository that was loaded before, in 16 bit, float32 or bitsandbytes' 4 bit. Its
-    weights are read and changed one by one, on the GPU if there is one, and written in files of `shard_size` bytes:
-    the host holds one file and one weight. What `target` held is deleted. It counts as unfinished until the caller,
-    who adds the tokenizer, has written its record.
-    RecipeError for a base or an adapter in another form, and for too little disk.
+    The model is dequantized and merged in the host's memory, 2 bytes per weight: a GPU that holds the trained model
+    has no room for it. What `target` held is deleted. It counts as unfinished until the caller, who adds the tokenizer,
+    has written its record. RecipeError for too little memory or disk.
     """
+    import psutil
     import torch
-    from huggingface_hub import hf_hub_download
-    from safetensors.torch import save_file
-    from tqdm.auto import tqdm
+    from peft import PeftModel
 
-    target, device = Path(target), "cuda" if torch.cuda.is_available() else "cpu"
-    local = Path(base).is_dir()
-    folder = Path(base) if local else Path(hf_hub_download(base, "config.json", revision=revision or None)).parent
-    files, (adapted, update) = stored_tensors(folder), lora_updates(adapter, device)
-    names = [name for name in files if ".weight." not in name]  # without the parts of 4-bit weights
-    if unknown := sorted(adapted.difference(names)):
-        raise RecipeError(f"{adapter} cannot be merged: {base} stores no {unknown[0]}")
-    need = 2 * parameter_count(text_config(base, revision))
-    room = sum(path.stat().st_size for path in target.glob("*")) + shutil.disk_usage(target.parent).free
-    if room < 1.01 * need:
-        raise RecipeError(f"{target} will have {need / 1e9:.1f} GB, and the disk has {room / 1e9:.1f} GB: make room")
+    config, target = text_config(base, revision), Path(target)
+    held = sum(path.stat().st_size for path in target.glob("*"))
+    rooms = {"memory": psutil.virtual_memory().available, "disk": held + shutil.disk_usage(target.parent).free}
+    need = 2 * parameter_count(config)
+    for name, room in rooms.items():
+        if room < 1.1 * need:
+            raise RecipeError(f"{target} takes {need / 1e9:.1f} GB, and the {name} has {room / 1e9:.1f} GB: make room")
     shutil.rmtree(target, ignore_errors=True)
     write_json(target / "record.json", {})  # begun: nothing may use it yet
-
-    shards, tensors = [], {}
-
-    def write() -> None:
-        shards.append({name: tensor.nbytes for name, tensor in tensors.items()})
-        save_file(tensors, target / f"{len(shards)}.part", metadata={"format": "pt"})
-        tensors.clear()
-
-    for name in tqdm(names, "merged", unit=" weights"):
-        weight = read_stored(files, name, device)
-        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise RecipeError(f"{base} stores {name} as {weight.dtype}, which cannot be merged")
-        weight = (update(name, weight) if name in adapted else weight).to("cpu", torch.bfloat16)
-        if tensors and sum(tensor.nbytes for tensor in tensors.values()) + weight.nbytes > shard_size:
-            write()
-        tensors[name] = weight
-    write()
-    places = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        Path(target, f"{number}.part").replace(target / file)
-        places |= dict.fromkeys(shard, file)
-    total = sum(sum(shard.values()) for shard in shards)
-    write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-    config = {k: v for k, v in read_config(base, revision).items() if k not in ("quantization_config", "torch_dtype")}
-    write_json(target / "config.json", config | {"dtype": "bfloat16"})
-    if Path(folder, "generation_config.json").is_file():
-        shutil.copy(folder / "generation_config.json", target)
+    model = load_weights(base, config, device_map="cpu", dtype=torch.bfloat16, revision=revision or None)
+    if hasattr(config, "quantization_config"):
+        model = model.dequantize(torch.bfloat16)
+    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # sums in float32
+    model.save_pretrained(target, max_shard_size="5GB", save_original_format=False)
 
 
 def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
@@ -3316,8 +3207,9 @@ def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         )
 
 
+@lru_cache
 def mend_ragatouille() -> None:
-    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; safe to call twice.
+    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers.
 
     None of the changes alters a score:
     - ragatouille imports a base class from `langchain.retrievers`, which langchain 1.x no longer has. langchain_core
@@ -3339,8 +3231,6 @@ def mend_ragatouille() -> None:
     from colbert.modeling.tokenization import doc_tokenization, query_tokenization
     from transformers import AutoConfig
 
-    if getattr(hf_colbert.class_factory, "mended", False):
-        return
     modeling.ColBERT.loaded_extensions = True
     hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=lambda name, **_: AutoConfig.from_pretrained(name))
     original = hf_colbert.class_factory
@@ -3353,7 +3243,6 @@ def mend_ragatouille() -> None:
 
         return MendedColBERT
 
-    class_factory.mended = True
     for module in (hf_colbert, base_colbert, query_tokenization, doc_tokenization):
         module.class_factory = class_factory
 
