@@ -2362,20 +2362,16 @@ def answer_tasks(
 
 
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer.
-
-    A task that is missing in `answers` can still be answered; for one whose answer is "", greedy decoding would write
-    the same again.
-    """
+    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer."""
     ids = [task["task_id"] for task in tasks]
     missing, empty = [i for i in ids if i not in answers], [i for i in ids if answers.get(i) == ""]
     if missing:
         raise RecipeError(
-            f"no answer for task_id {missing[:10]} ({len(missing)} of {len(tasks)}): run this notebook again"
+            f"no answer for task_id {missing[:10]} ({len(missing)} of {len(ids)}): run this notebook again"
         )
-    if empty:
+    if empty:  # greedy decoding would write the same again
         raise RecipeError(
-            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(tasks)}): set ban_words = False, "
+            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(ids)}): set ban_words = False, "
             "another prompt_style or a smaller repetition_penalty, or train the adapter longer"
         )
     return [{"task_id": task["task_id"], "input": task["input"], "output": answers[task["task_id"]]} for task in tasks]
@@ -2574,11 +2570,6 @@ def summarize_scores(per_task: Sequence[Mapping[str, Any]], without: Iterable[An
     kept = [scores for scores in per_task if scores["task_id"] not in without]
     values = {name: [scores[name] for scores in kept if scores.get(name) is not None] for name in MEASURES}
     return {name: mean_interval(found) for name, found in values.items() if found}
-
-
-def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of the tasks' ids, questions and references: runs are comparable only where it is the same."""
-    return digest([[task["task_id"], task["input"], reference_of(task)] for task in tasks])
 
 
 # The judge. The rubric is that of ELYZA-tasks-100 in our words; change the version with the wording.
@@ -2781,13 +2772,13 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
-            raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
-        except (NotImplementedError, OSError):
-            pass  # no locks here, or nothing can be written: that the next line tells
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
+    except (NotImplementedError, OSError):
+        pass  # no locks here, or nothing can be written: that the next line tells
+    try:
         holder.write_text(me, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"output_dir {folder} cannot be written ({first_line(error)}); choose another one") from None
@@ -2818,14 +2809,11 @@ def compute_dtype() -> str:
 
 def read_config(name: str, revision: str = "", file: str = "config.json") -> dict[str, Any]:
     """A JSON file of a model folder or hub repository, without loading the model; RecipeError if there is no model."""
-    find_model(name, revision)
-    if Path(name).is_dir():
-        path = Path(name, file)
-    else:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-        path = Path(hf_hub_download(name, file, revision=revision or None))
-    return json.loads(path.read_text(encoding="utf-8"))
+    find_model(name, revision)
+    path = Path(name, file) if Path(name).is_dir() else hf_hub_download(name, file, revision=revision or None)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 # Models (model_type of config.json) whose attention is what `example_attention` and `SlotDecoder` compute;
@@ -2887,29 +2875,27 @@ def find_model(name: str, revision: str = "") -> str:
     Returns the commit of a hub repository, "" for a folder.
     Raises RecipeError that says whether the name, the permission or the network is at fault.
     """
-    if Path(name).is_dir():
-        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise RecipeError(f"{name}: the folder holds no config.json; did the notebook that writes it finish?")
-        return ""
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise RecipeError(
-            f"{name}: no such folder; run the notebook that writes it, or name a hub repository (owner/name)"
-        )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if Path(name).is_dir():
+        if any(Path(name, file).is_file() for file in ("config.json", "adapter_config.json")):
+            return ""
+        raise RecipeError(f"{name}: the folder holds no config.json; did the notebook that writes it finish?")
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        problem = "no such folder; run the notebook that writes it, or name a hub repository (owner/name)"
+        raise RecipeError(f"{name}: {problem}")
     try:
         return HfApi().model_info(name, revision=revision or None, timeout=20).sha
     except GatedRepoError:
-        raise RecipeError(f"{name} asks for consent: accept its terms on the hub and set the secret HF_TOKEN") from None
+        problem = "asks for consent: accept its terms on the hub and set the secret HF_TOKEN"
     except RepositoryNotFoundError:
-        raise RecipeError(
-            f"{name}: neither a folder nor a hub repository (a private one needs the secret HF_TOKEN)"
-        ) from None
+        problem = "neither a folder nor a hub repository (a private one needs the secret HF_TOKEN)"
     except RevisionNotFoundError:
-        raise RecipeError(f"{name}: the hub repository has no revision {revision!r}") from None
+        problem = f"the hub repository has no revision {revision!r}"
     except Exception as error:
-        raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({first_line(error)})") from None
+        problem = f"no such folder, and the hub cannot be reached ({first_line(error)})"
+    raise RecipeError(f"{name}: {problem}")
 
 
 def capped_attention(query: Any, key: Any, value: Any, hidden: Any, scaling: float, softcap: float | None) -> Any:
@@ -3179,50 +3165,33 @@ def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
     api.upload_folder(repo_id=hub_repo, folder_path=folder)
 
 
-def push_dataset(files: Mapping[str, str | Path], hub_repo: str, token: str) -> None:
-    """Upload files (name in the repository: local path) to a private hub dataset repository in one commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(hub_repo, repo_type="dataset", private=True, exist_ok=True)
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    api.create_commit(hub_repo, operations, commit_message="Filtered rows and card", repo_type="dataset")
-
-
 def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """Raise RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
 
     The same base is the same contents, so that a folder may be moved or pushed; for an adapter without a record it is
     the name that the adapter's config holds.
     """
-    base = adapter["inputs"].get("model")
-    if base is None:
-        name = read_config(adapter["name"], adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
-        same = name == model["name"] or Path(name).resolve() == Path(model["name"]).resolve()
+    name, found = adapter["name"], model["name"]
+    if base := adapter["inputs"].get("model"):
+        trained_on, same = base["name"], identity(base) == identity(model)
     else:
-        name, same = base["name"], identity(base) == identity(model)
+        trained_on = read_config(name, adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
+        same = Path(trained_on).resolve() == Path(found).resolve()
     if not same:
         raise RecipeError(
-            f"the adapter {adapter['name']} was trained on {name}, not on {model['name']}: name the same model in both"
+            f"the adapter {name} was trained on {trained_on}, not on {found}: name the same model in both"
         )
 
 
 @lru_cache
 def mend_ragatouille() -> None:
-    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers.
-
-    None of the changes alters a score:
-    - ragatouille imports a base class from `langchain.retrievers`, which langchain 1.x no longer has. langchain_core
-      still has the class, so the old path is registered as an alias.
-    - colbert-ai builds its BERT without `post_init()`, which transformers 5 needs in order to load weights.
-    - colbert-ai reads a checkpoint's config with `trust_remote_code=True`; nothing here runs code from a hub.
-    - colbert-ai compiles C++ extensions for its index on disk; searching in memory does not use them.
-    """
+    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; no score changes."""
     from langchain_core.documents import BaseDocumentCompressor
 
+    # ragatouille imports this class by its path in langchain 0.
     path = "langchain.retrievers.document_compressors.base"
-    for depth in range(path.count(".") + 1):
-        name = ".".join(path.split(".")[: depth + 1])
+    for depth in range(1, path.count(".") + 2):
+        name = ".".join(path.split(".")[:depth])
         sys.modules.setdefault(name, types.ModuleType(name))
     sys.modules[path].BaseDocumentCompressor = BaseDocumentCompressor
 
@@ -3231,7 +3200,8 @@ def mend_ragatouille() -> None:
     from colbert.modeling.tokenization import doc_tokenization, query_tokenization
     from transformers import AutoConfig
 
-    modeling.ColBERT.loaded_extensions = True
+    modeling.ColBERT.loaded_extensions = True  # C++ that is compiled for an index on disk
+    # Without `trust_remote_code`: nothing here runs code from a hub.
     hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=lambda name, **_: AutoConfig.from_pretrained(name))
     original = hf_colbert.class_factory
 
@@ -3239,7 +3209,7 @@ def mend_ragatouille() -> None:
         class MendedColBERT(original(name_or_path)):
             def __init__(self, config: Any, colbert_config: Any) -> None:
                 super().__init__(config, colbert_config)
-                self.post_init()
+                self.post_init()  # transformers 5 loads no weights before it
 
         return MendedColBERT
 
