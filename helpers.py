@@ -2005,12 +2005,10 @@ BANNED_WORDS = ("質問", "###", "#", "##", "---", "<h3>", "filepath", "> ")
 def read_tasks(name: str) -> list[dict[str, Any]]:
     """The tasks of a data set of any known form, in its order; prints which forms were read.
 
-    A task has `task_id` (by default its position), `input`, `output` if there is a reference answer (a text, or a list
-    of texts that are all right), and `eval_aspect` if there is one. Raises RecipeError naming the row for what is no
-    text, and both rows of a repeated task_id.
+    A task has `task_id` (by default its position), `input`, and where the row has them `output`, a reference answer (or
+    a list of them, all right), and `eval_aspect`. RecipeError names the row of what is no text or a repeated task_id.
     """
-    tasks, forms = [], Counter()
-    first: dict[Any, str] = {}
+    tasks, forms, first = [], Counter(), {}
     for position, (place, row) in enumerate(read_rows(name)):
         form, question, answer = read_pair(place, row, need_answer=False)
         forms[form] += 1
@@ -2056,22 +2054,14 @@ def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[di
     `score` is ColBERT's MaxSim: the sum over the query's tokens of the best cosine similarity to a document token.
     At most `query_max_tokens` of the query are read (see `embed_query`).
     """
-    model = retriever.model
-    _, embedded = embed_query(retriever, query, query_max_tokens)
-    found = model._index_free_search(
-        [embedded[None]],
-        documents=model.in_memory_collection,
-        embedded_docs=model.in_memory_embed_docs,
-        doc_mask=model.doc_masks,
-        k=len(model.in_memory_collection),
-    )
-    found.sort(key=lambda result: (-result["score"], result["result_index"]))
-    return [{"index": result["result_index"], "score": result["score"]} for result in found[:k]]
+    _, vectors = embed_query(retriever, query, query_max_tokens)
+    documents = retriever.model.in_memory_embed_docs  # (documents, tokens, width), filled up with zeros
+    scores = (documents @ vectors.to(documents)[None].transpose(1, 2)).amax(dim=1).sum(dim=1)
+    return [{"index": i, "score": float(scores[i])} for i in scores.argsort(descending=True, stable=True)[:k].tolist()]
 
 
 def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]], style: str = "2024") -> str:
-    """The few-shot prompt. `shots` (input, output) come most similar first and are written in inverse order, so that
-    the most similar one stands next to the task.
+    """The few-shot prompt; the first of `shots` (input, output), the most similar one, stands last, next to the task.
 
     `style` "2024" is the prompt of 2024; "training" begins like the training texts, so that without shots it is one.
     """
@@ -2092,13 +2082,12 @@ def fit_shots(
     """The prompt with as many shots as fit into `budget` tokens, and their number.
 
     The least similar shots go first; neither a shot nor the task is ever cut. A task that is too long on its own
-    comes back without shots and over budget: compare `count_tokens(prompt)` with `budget`.
+    comes back without shots and over budget.
     """
-    for number in range(len(shots), 0, -1):
-        prompt = build_prompt(task_input, shots[:number], style)
-        if count_tokens(prompt) <= budget:
-            return prompt, number
-    return build_prompt(task_input, (), style), 0
+    number = len(shots)
+    while count_tokens(prompt := build_prompt(task_input, shots[:number], style)) > budget and number:
+        number -= 1
+    return prompt, number
 
 
 def clean_answer(text: str) -> str:
@@ -2176,9 +2165,8 @@ class Clock:
     """
 
     def __init__(self, limit: int, budget: float):
-        self.limit, self.budget = limit, budget
-        self.started, self.seconds = time.perf_counter(), 0.0
-        self.answers = self.tokens = 0
+        self.limit, self.budget, self.started = limit, budget, time.perf_counter()
+        self.seconds, self.answers, self.tokens = 0.0, 0, 0
 
     def note(self, tokens: int) -> float:
         """Count an answer of `tokens`; returns the seconds since the one before."""
@@ -2188,9 +2176,7 @@ class Clock:
         return self.seconds - before
 
     def share(self, open_tasks: int) -> None:
-        """If `open_tasks` more answers like those so far do not fit into the time that is left, lower `limit`: the time
-        is shared out evenly, with at least 16 tokens for each.
-        """
+        """Lower `limit` if `open_tasks` more answers like those so far take too long, down to 16 at least."""
         left = self.budget - self.seconds
         needed = open_tasks * self.seconds / max(self.answers, 1)
         if self.budget and open_tasks and needed > left:
@@ -2280,10 +2266,8 @@ def answer_in_batches(
             answers = generate_batch(model, [prompts[i] for i in chosen], max(map(room, chosen)), decoding)
         except torch.OutOfMemoryError:
             if len(chosen) == 1:
-                raise RecipeError(
-                    f"the GPU's memory is too small for a prompt of {len(prompts[chosen[0]])} tokens: lower k or "
-                    "max_seq_length"
-                ) from None
+                length = f"{len(prompts[chosen[0]])} tokens: lower k or max_seq_length"
+                raise RecipeError(f"the GPU's memory is too small for a prompt of {length}") from None
             torch.cuda.empty_cache()
             size = len(chosen) // 2
             continue
@@ -2297,8 +2281,7 @@ def ask(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows (task_id and ANSWER_ROW) of one attempt (1 or 2) at each question, as the answers finish.
 
-    The longest prompts come first: what does not fit into the memory shows at once, and no long one is left to the
-    end.
+    The longest prompts come first: what does not fit into the memory shows at once.
     """
     asked = [(encode(tokenizer, question.prompts[attempt - 1]).ids, question) for question in questions]
     asked.sort(key=lambda pair: len(pair[0]), reverse=True)
@@ -2428,9 +2411,7 @@ def has_loop(text: str) -> bool:
 
     Rules such as "-----" and the lines of a table are no loops.
     """
-    return any(
-        len(match[0]) >= 40 and any(character.isalnum() for character in match[1]) for match in _LOOP.finditer(text)
-    )
+    return any(len(match[0]) >= 40 and any(map(str.isalnum, match[1])) for match in _LOOP.finditer(text))
 
 
 def score_texts(
@@ -2474,10 +2455,9 @@ def reference_nll(
 ) -> list[float]:
     """Mean negative log-likelihood of each reference given its prompt, in nats per character of the reference.
 
-    It needs no judge and no generation, and separates models with similar scores. The end of the text is not counted.
-    Texts are sorted by length, and a batch holds as many as come to `batch_tokens`, at least one. They are padded on
-    the left, so that the references of a batch end together and the model computes logits for them alone; only one at
-    a time is turned into fp32 (256,000 values a token).
+    The end of the text is not counted. A batch holds as many texts as come to `batch_tokens`, the longest first. They
+    are padded on the left, so that references end together and the model computes logits for them alone; only one at a
+    time is turned into float32 (256,000 values per token).
     """
     import torch
     from tqdm.auto import tqdm
@@ -2499,8 +2479,8 @@ def reference_nll(
             chosen, waiting = waiting[:size], waiting[size:]
             keep: Any = max(len(texts[i][1]) for i in chosen) + 1
             if model.device.type == "cpu":
-                # A number makes a slice, for which torch copies the frozen output matrix once a row (2.7 GB for 8 rows
-                # of Gemma 3); positions make a new tensor, for which it does not. unsloth on a GPU knows numbers only.
+                # For the slice that a number makes torch copies the output matrix once per row (2.7 GB for 8 rows of
+                # Gemma 3), for positions it does not. unsloth on a GPU knows numbers only.
                 keep = torch.arange(width - keep, width)
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
             mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
@@ -2520,11 +2500,10 @@ def reference_nll(
 
 
 def near_duplicates(tasks: Sequence[Mapping[str, Any]], questions: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """Tasks whose `input` is almost one of the known questions: what the model was trained on or is shown.
+    """Tasks whose `input` is almost one of the `questions` (texts by source) that the model was trained on or is shown.
 
-    `questions` are texts by source. Returns task_id, source, row (from 1) and similarity of the most similar question
-    of each source, from a similarity of NEAR_DUPLICATE on: the Jaccard similarity of the sets of 5 characters in a row,
-    after NFKC and without white space.
+    Returns task_id, source, row (from 1) and similarity of the most similar question of each source, if at least
+    NEAR_DUPLICATE: the Jaccard similarity of the sets of 5 characters in a row, after NFKC and without white space.
     """
 
     def pieces(text: str) -> set[str]:
@@ -2594,7 +2573,7 @@ RUBRIC = """あなたは日本語の回答を採点する、公平で厳密な�
 {"reason": "採点の理由(一文)", "grade": 1から5の整数}"""
 FENCE = "見出しの前には必ず{}という印があります。印のない【】は見出しではなく、本文の一部です。"
 AGAIN = 'Your answer could not be read ({}). Write only JSON: {{"reason": "...", "grade": an integer from 1 to 5}}'
-GIVE_UP_AFTER = 3  # questions in a row without a reply of the judge
+GIVE_UP_AFTER = 3  # tasks without a reply of the judge since its last grade
 
 
 def judge_messages(task: Mapping[str, Any], answer: str) -> list[dict[str, str]]:
@@ -2626,7 +2605,7 @@ def parse_grade(text: str) -> dict[str, Any]:
     return {"grade": value["grade"], "reason": reason}
 
 
-def ask_judge(messages: list[dict[str, str]], usage: Counter, model: str, **server: Any) -> str:
+def ask_judge(messages: list[dict[str, str]], *, usage: Counter, model: str, **server: Any) -> str:
     """The text of the judge's reply, its tokens added to `usage`. `server`: base_url, api_key and timeout (seconds).
 
     A server that is busy, failing, not there or silent for `timeout` is asked up to four times, as its Retry-After
@@ -2675,24 +2654,14 @@ def judge_answers(
     """Let a model behind an OpenAI-compatible endpoint grade the answers to the tasks that have a reference.
 
     A grade is kept in the folder `cache`, by task, answer, judge and rubric, and not asked for again. After
-    GIVE_UP_AFTER questions in a row without a reply (see `ask_judge`) no more are asked. Nothing is raised for what
-    the judge does: the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and
-    seconds.
+    GIVE_UP_AFTER tasks without a reply (see `ask_judge`) no more are asked. Nothing is raised for what the judge does:
+    the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and seconds.
     """
     from tqdm.auto import tqdm
 
     usage = Counter(from_cache=0, requests=0, prompt_tokens=0, completion_tokens=0)
     grades, failures, silent, started = {}, [], 0, time.perf_counter()
-
-    def ask(messages: list[dict[str, str]]) -> str:
-        nonlocal silent
-        if silent == GIVE_UP_AFTER:
-            raise ConnectionError(f"not asked: no answer {GIVE_UP_AFTER} times in a row")
-        silent += 1
-        text = ask_judge(messages, usage, model, base_url=base_url, api_key=key, timeout=timeout)
-        silent = 0
-        return text
-
+    ask = partial(ask_judge, usage=usage, model=model, base_url=base_url, api_key=key, timeout=timeout)
     for task, answer in tqdm(list(zip(tasks, answers, strict=True)), unit="grade"):
         if not reference_of(task):
             continue
@@ -2703,11 +2672,14 @@ def judge_answers(
             usage["from_cache"] += 1
             continue
         try:
+            if silent == GIVE_UP_AFTER:
+                raise ValueError(f"not asked: no answer {GIVE_UP_AFTER} times")
             found = grade_answer(messages, ask)
         except (ConnectionError, ValueError) as error:
+            silent += isinstance(error, ConnectionError)
             failures.append({"task_id": task_id, "reason": str(error)})
         else:
-            grades[task_id] = found["grade"]
+            silent, grades[task_id] = 0, found["grade"]
             write_json(path, {"task_id": task_id, **found})
     seconds = round(time.perf_counter() - started, 1)
     known = {"model": model, "base_url": base_url, "rubric": RUBRIC_VERSION, "grades": grades, "failures": failures}
@@ -2755,11 +2727,9 @@ _locks: dict[Path, Any] = {}  # held until the process ends
 
 
 def lock_folder(folder: str | Path, stage: str) -> None:
-    """Lock `folder` for `stage` until this process ends; RecipeError if another process holds that lock.
+    """Lock `folder` for `stage` until this process ends or is killed; of several (accelerate) the first one locks.
 
-    Of several processes (accelerate) the first one locks for all.
-    The system gives the lock back when a process is killed; where a file system has none, nothing is locked. A folder
-    that cannot be written is a RecipeError, too: better now than after the hours whose result could not be saved.
+    RecipeError if another process holds that lock, or if the folder cannot be written: better now than after hours.
     """
     import socket
 
@@ -2870,10 +2840,9 @@ def report_machine(packages: Iterable[str], need: Mapping[str, float], remedy: s
 
 
 def find_model(name: str, revision: str = "") -> str:
-    """Check that `name` is a model folder or a reachable hub repository, before anything large is loaded.
+    """The commit of a hub repository, "" for a model folder, before anything large is loaded.
 
-    Returns the commit of a hub repository, "" for a folder.
-    Raises RecipeError that says whether the name, the permission or the network is at fault.
+    RecipeError says whether the name, the permission or the network is at fault.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -3027,9 +2996,8 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"{name}: its tokenizer has no end token, so that no answer would ever end")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):
-        spare = [
-            t for t in tokenizer.get_added_vocab() if re.search("pad|reserved|unused|placeholder|control", t, re.I)
-        ]
+        words = re.compile("pad|reserved|unused|placeholder|control", re.I)
+        spare = list(filter(words.search, tokenizer.get_added_vocab()))
         spare.sort(key=lambda token: ("pad" not in token.lower(), tokenizer.convert_tokens_to_ids(token)))
         tokenizer.pad_token = next(filter(None, [*spare, tokenizer.unk_token, tokenizer.eos_token]))
     if not tokenizer.chat_template and {"<start_of_turn>", "<end_of_turn>"} <= tokenizer.get_vocab().keys():
@@ -3166,10 +3134,9 @@ def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
 
 
 def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
+    """RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
 
-    The same base is the same contents, so that a folder may be moved or pushed; for an adapter without a record it is
-    the name that the adapter's config holds.
+    The same base has the same contents; for an adapter without a record, the name that the adapter's config holds.
     """
     name, found = adapter["name"], model["name"]
     if base := adapter["inputs"].get("model"):

@@ -186,7 +186,7 @@ def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, reposit
     assert 'in notebook 3: model = "me/quantized"' in said
     said = run_alone("02_filter_magpie", tmp_path / "2", hub_repo="me/filtered", dataset="data/sample/magpie.jsonl")
     assert 'in notebook 3: train_data = "me/filtered"' in said
-    (created,) = [request for request in hub.created if request["type"] == "dataset"]
+    (created,) = [request for request in hub.created if request.get("type") == "dataset"]
     assert created["visibility"] == "private"
     assert committed(hub.commits[-1]).keys() == {
         "README.md",
