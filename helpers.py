@@ -3120,7 +3120,7 @@ def merge_adapter(base: str, adapter: str | Path, target: str | Path, revision: 
     model = load_weights(base, config, device_map="cpu", dtype=torch.bfloat16, revision=revision or None)
     if hasattr(config, "quantization_config"):
         model = model.dequantize(torch.bfloat16)
-    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # sums in float32
+    model = PeftModel.from_pretrained(model, adapter, torch_device="cpu").merge_and_unload()  # sums in float32
     model.save_pretrained(target, max_shard_size="5GB", save_original_format=False)
 
 
