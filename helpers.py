@@ -29,13 +29,11 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import types
 import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache, partial
@@ -1868,12 +1866,10 @@ BANNED_WORDS = ("質問", "###", "#", "##", "---", "<h3>", "filepath", "> ")
 def read_tasks(name: str) -> list[dict[str, Any]]:
     """The tasks of a data set of any known form, in its order; prints which forms were read.
 
-    A task has `task_id` (by default its position), `input`, `output` if there is a reference answer (a text, or a list
-    of texts that are all right), and `eval_aspect` if there is one. Raises RecipeError naming the row for what is no
-    text, and both rows of a repeated task_id.
+    A task has `task_id` (by default its position), `input`, and where the row has them `output`, a reference answer (or
+    a list of them, all right), and `eval_aspect`. RecipeError names the row of what is no text or a repeated task_id.
     """
-    tasks, forms = [], Counter()
-    first: dict[Any, str] = {}
+    tasks, forms, first = [], Counter(), {}
     for position, (place, row) in enumerate(read_rows(name)):
         form, question, answer = read_pair(place, row, need_answer=False)
         forms[form] += 1
@@ -1919,22 +1915,14 @@ def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[di
     `score` is ColBERT's MaxSim: the sum over the query's tokens of the best cosine similarity to a document token.
     At most `query_max_tokens` of the query are read (see `embed_query`).
     """
-    model = retriever.model
-    _, embedded = embed_query(retriever, query, query_max_tokens)
-    found = model._index_free_search(
-        [embedded[None]],
-        documents=model.in_memory_collection,
-        embedded_docs=model.in_memory_embed_docs,
-        doc_mask=model.doc_masks,
-        k=len(model.in_memory_collection),
-    )
-    found.sort(key=lambda result: (-result["score"], result["result_index"]))
-    return [{"index": result["result_index"], "score": result["score"]} for result in found[:k]]
+    _, vectors = embed_query(retriever, query, query_max_tokens)
+    documents = retriever.model.in_memory_embed_docs  # (documents, tokens, width), filled up with zeros
+    scores = (documents @ vectors.to(documents)[None].transpose(1, 2)).amax(dim=1).sum(dim=1)
+    return [{"index": i, "score": float(scores[i])} for i in scores.argsort(descending=True, stable=True)[:k].tolist()]
 
 
 def build_prompt(task_input: str, shots: Iterable[Mapping[str, str]], style: str = "2024") -> str:
-    """The few-shot prompt. `shots` (input, output) come most similar first and are written in inverse order, so that
-    the most similar one stands next to the task.
+    """The few-shot prompt; the first of `shots` (input, output), the most similar one, stands last, next to the task.
 
     `style` "2024" is the prompt of 2024; "training" begins like the training texts, so that without shots it is one.
     """
@@ -1955,13 +1943,12 @@ def fit_shots(
     """The prompt with as many shots as fit into `budget` tokens, and their number.
 
     The least similar shots go first; neither a shot nor the task is ever cut. A task that is too long on its own
-    comes back without shots and over budget: compare `count_tokens(prompt)` with `budget`.
+    comes back without shots and over budget.
     """
-    for number in range(len(shots), 0, -1):
-        prompt = build_prompt(task_input, shots[:number], style)
-        if count_tokens(prompt) <= budget:
-            return prompt, number
-    return build_prompt(task_input, (), style), 0
+    number = len(shots)
+    while count_tokens(prompt := build_prompt(task_input, shots[:number], style)) > budget and number:
+        number -= 1
+    return prompt, number
 
 
 def clean_answer(text: str) -> str:
@@ -1977,24 +1964,7 @@ def answer_key(record: Mapping[str, Any], prompt: str) -> str:
 
 # A row of an answer log, besides task_id: the `answer_key`; the text; its length; whether it ended for want of room;
 # the longest that an answer could become just then; seconds since the answer before; 1, or 2 for the second attempt.
-ANSWER_ROW = {"key": str, "output": str, "new_tokens": int, "cut": bool, "limit": int, "seconds": float, "attempt": int}
-
-
-def parse_answer(line: bytes) -> dict[str, Any]:
-    """The row (see ANSWER_ROW) on a line of an answer log; ValueError says what is wrong with the line."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written to the submission
-    except (ValueError, RecursionError):
-        raise ValueError("not valid JSON" if line.strip() else "blank") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}, not an object")
-    if isinstance(row.get("task_id", []), (list, dict)):
-        raise ValueError("no task_id, or one that is a list or an object")
-    for name, kind in ANSWER_ROW.items():
-        if type(row.get(name)) is not kind:
-            raise ValueError(f"{name} is not of type {kind.__name__}" if name in row else f"no {name}")
-    return row
+ANSWER_ROW = ("key", "output", "new_tokens", "cut", "limit", "seconds", "attempt")
 
 
 def read_answers(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -2002,9 +1972,13 @@ def read_answers(path: str | Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield parse_answer(line)
-            except ValueError as error:
-                print(f"{path}, line {number}: left out ({error}); a task without another answer is answered again")
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and {"task_id", *ANSWER_ROW} <= row.keys():
+                yield row
+            else:
+                print(f"{path}, line {number}: left out (no answer); its task is answered again")
 
 
 def kept_answers(folder: str | Path, keys: Mapping[Any, str], finished: str | Path) -> dict[Any, dict[str, Any]]:
@@ -2015,26 +1989,18 @@ def kept_answers(folder: str | Path, keys: Mapping[Any, str], finished: str | Pa
     RecipeError asks what to do. `finished` is removed when a task is to be answered. With several processes the main
     one has to come first.
     """
-    logs = [
-        path for path in sorted(Path(folder).glob("answers*")) if re.fullmatch(r"answers(\.\d+)?\.jsonl", path.name)
-    ]
-    kept: dict[Any, dict[str, Any]] = {}
-    other = []
-    for path in logs:
-        for row in read_answers(path):
-            if keys.get(row["task_id"]) != row["key"]:
-                other.append(path)
-            elif row["attempt"] >= kept.get(row["task_id"], row)["attempt"]:
-                kept[row["task_id"]] = row
-    if other and not Path(finished).exists():
-        raise RecipeError(
-            f"{other[0]} holds {other.count(other[0])} answers of an interrupted run with other settings: set them "
-            "back to go on with it, or choose another output_dir, or delete that file"
-        )
-    if other:
-        kept = {}
+    logs = sorted(p for p in Path(folder).glob("answers*") if re.fullmatch(r"answers(\.\d+)?\.jsonl", p.name))
+    rows = [(path, row) for path in logs for row in read_answers(path)]
+    if other := [path for path, row in rows if keys.get(row["task_id"]) != row["key"]]:
+        if not Path(finished).exists():
+            raise RecipeError(
+                f"{other[0]} holds {other.count(other[0])} answers of an interrupted run with other settings: set them "
+                "back to go on with it, or choose another output_dir, or delete that file"
+            )
         for path in logs:
             path.unlink()
+        rows = []
+    kept = {row["task_id"]: row for _, row in sorted(rows, key=lambda pair: pair[1]["attempt"])}
     if keys.keys() - kept.keys():
         Path(finished).unlink(missing_ok=True)
     return kept
@@ -2060,9 +2026,8 @@ class Clock:
     """
 
     def __init__(self, limit: int, budget: float):
-        self.limit, self.budget = limit, budget
-        self.started, self.seconds = time.perf_counter(), 0.0
-        self.answers = self.tokens = 0
+        self.limit, self.budget, self.started = limit, budget, time.perf_counter()
+        self.seconds, self.answers, self.tokens = 0.0, 0, 0
 
     def note(self, tokens: int) -> float:
         """Count an answer of `tokens`; returns the seconds since the one before."""
@@ -2072,9 +2037,7 @@ class Clock:
         return self.seconds - before
 
     def share(self, open_tasks: int) -> None:
-        """If `open_tasks` more answers like those so far do not fit into the time that is left, lower `limit`: the time
-        is shared out evenly, with at least 16 tokens for each.
-        """
+        """Lower `limit` if `open_tasks` more answers like those so far take too long, down to 16 at least."""
         left = self.budget - self.seconds
         needed = open_tasks * self.seconds / max(self.answers, 1)
         if self.budget and open_tasks and needed > left:
@@ -2164,10 +2127,8 @@ def answer_in_batches(
             answers = generate_batch(model, [prompts[i] for i in chosen], max(map(room, chosen)), decoding)
         except torch.OutOfMemoryError:
             if len(chosen) == 1:
-                raise RecipeError(
-                    f"the GPU's memory is too small for a prompt of {len(prompts[chosen[0]])} tokens: lower k or "
-                    "max_seq_length"
-                ) from None
+                length = f"{len(prompts[chosen[0]])} tokens: lower k or max_seq_length"
+                raise RecipeError(f"the GPU's memory is too small for a prompt of {length}") from None
             torch.cuda.empty_cache()
             size = len(chosen) // 2
             continue
@@ -2181,8 +2142,7 @@ def ask(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows (task_id and ANSWER_ROW) of one attempt (1 or 2) at each question, as the answers finish.
 
-    The longest prompts come first: what does not fit into the memory shows at once, and no long one is left to the
-    end.
+    The longest prompts come first: what does not fit into the memory shows at once.
     """
     asked = [(encode(tokenizer, question.prompts[attempt - 1]).ids, question) for question in questions]
     asked.sort(key=lambda pair: len(pair[0]), reverse=True)
@@ -2246,20 +2206,16 @@ def answer_tasks(
 
 
 def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer.
-
-    A task that is missing in `answers` can still be answered; for one whose answer is "", greedy decoding would write
-    the same again.
-    """
+    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer."""
     ids = [task["task_id"] for task in tasks]
     missing, empty = [i for i in ids if i not in answers], [i for i in ids if answers.get(i) == ""]
     if missing:
         raise RecipeError(
-            f"no answer for task_id {missing[:10]} ({len(missing)} of {len(tasks)}): run this notebook again"
+            f"no answer for task_id {missing[:10]} ({len(missing)} of {len(ids)}): run this notebook again"
         )
-    if empty:
+    if empty:  # greedy decoding would write the same again
         raise RecipeError(
-            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(tasks)}): set ban_words = False, "
+            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(ids)}): set ban_words = False, "
             "another prompt_style or a smaller repetition_penalty, or train the adapter longer"
         )
     return [{"task_id": task["task_id"], "input": task["input"], "output": answers[task["task_id"]]} for task in tasks]
@@ -2316,9 +2272,7 @@ def has_loop(text: str) -> bool:
 
     Rules such as "-----" and the lines of a table are no loops.
     """
-    return any(
-        len(match[0]) >= 40 and any(character.isalnum() for character in match[1]) for match in _LOOP.finditer(text)
-    )
+    return any(len(match[0]) >= 40 and any(map(str.isalnum, match[1])) for match in _LOOP.finditer(text))
 
 
 def score_texts(
@@ -2362,10 +2316,9 @@ def reference_nll(
 ) -> list[float]:
     """Mean negative log-likelihood of each reference given its prompt, in nats per character of the reference.
 
-    It needs no judge and no generation, and separates models with similar scores. The end of the text is not counted.
-    Texts are sorted by length, and a batch holds as many as come to `batch_tokens`, at least one. They are padded on
-    the left, so that the references of a batch end together and the model computes logits for them alone; only one at
-    a time is turned into fp32 (256,000 values a token).
+    The end of the text is not counted. A batch holds as many texts as come to `batch_tokens`, the longest first. They
+    are padded on the left, so that references end together and the model computes logits for them alone; only one at a
+    time is turned into float32 (256,000 values per token).
     """
     import torch
     from tqdm.auto import tqdm
@@ -2387,8 +2340,8 @@ def reference_nll(
             chosen, waiting = waiting[:size], waiting[size:]
             keep: Any = max(len(texts[i][1]) for i in chosen) + 1
             if model.device.type == "cpu":
-                # A number makes a slice, for which torch copies the frozen output matrix once a row (2.7 GB for 8 rows
-                # of Gemma 3); positions make a new tensor, for which it does not. unsloth on a GPU knows numbers only.
+                # For the slice that a number makes torch copies the output matrix once per row (2.7 GB for 8 rows of
+                # Gemma 3), for positions it does not. unsloth on a GPU knows numbers only.
                 keep = torch.arange(width - keep, width)
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
             mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
@@ -2408,11 +2361,10 @@ def reference_nll(
 
 
 def near_duplicates(tasks: Sequence[Mapping[str, Any]], questions: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """Tasks whose `input` is almost one of the known questions: what the model was trained on or is shown.
+    """Tasks whose `input` is almost one of the `questions` (texts by source) that the model was trained on or is shown.
 
-    `questions` are texts by source. Returns task_id, source, row (from 1) and similarity of the most similar question
-    of each source, from a similarity of NEAR_DUPLICATE on: the Jaccard similarity of the sets of 5 characters in a row,
-    after NFKC and without white space.
+    Returns task_id, source, row (from 1) and similarity of the most similar question of each source, if at least
+    NEAR_DUPLICATE: the Jaccard similarity of the sets of 5 characters in a row, after NFKC and without white space.
     """
 
     def pieces(text: str) -> set[str]:
@@ -2460,11 +2412,6 @@ def summarize_scores(per_task: Sequence[Mapping[str, Any]], without: Iterable[An
     return {name: mean_interval(found) for name, found in values.items() if found}
 
 
-def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of the tasks' ids, questions and references: runs are comparable only where it is the same."""
-    return digest([[task["task_id"], task["input"], reference_of(task)] for task in tasks])
-
-
 # The judge. The rubric is that of ELYZA-tasks-100 in our words; change the version with the wording.
 RUBRIC_VERSION = "2"
 RUBRIC = """あなたは日本語の回答を採点する、公平で厳密な採点者です。回答を1から5の整数で採点してください。
@@ -2487,8 +2434,7 @@ RUBRIC = """あなたは日本語の回答を採点する、公平で厳密な�
 {"reason": "採点の理由(一文)", "grade": 1から5の整数}"""
 FENCE = "見出しの前には必ず{}という印があります。印のない【】は見出しではなく、本文の一部です。"
 AGAIN = 'Your answer could not be read ({}). Write only JSON: {{"reason": "...", "grade": an integer from 1 to 5}}'
-GIVE_UP_AFTER = 3  # questions in a row without a reply of the judge
-JUDGE_BYTES = 1_000_000  # a longer reply is not read to its end
+GIVE_UP_AFTER = 3  # tasks without a reply of the judge since its last grade
 
 
 def judge_messages(task: Mapping[str, Any], answer: str) -> list[dict[str, str]]:
@@ -2520,83 +2466,30 @@ def parse_grade(text: str) -> dict[str, Any]:
     return {"grade": value["grade"], "reason": reason}
 
 
-def fetch_reply(messages: list[dict[str, str]], base_url: str, model: str, key: str, timeout: float) -> bytes:
-    """What the judge sends back; raises what the `openai` client raises. More than JUDGE_BYTES are not read to the end.
+def ask_judge(messages: list[dict[str, str]], *, usage: Counter, model: str, **server: Any) -> str:
+    """The text of the judge's reply, its tokens added to `usage`. `server`: base_url, api_key and timeout (seconds).
 
-    Nothing secret but `key` is sent, no redirect is followed, a proxy of the environment is used. A server that is
-    busy, failing or not there is asked up to four times: when its Retry-After says (if that is within two minutes),
-    otherwise after about 0.5, 1 and 2 s. A connection that is lost in the middle of the reply is not tried again.
+    A server that is busy, failing, not there or silent for `timeout` is asked up to four times, as its Retry-After
+    says. ConnectionError, with a short reason, without a reply; ValueError for one that is no chat answer.
     """
-    import httpx2
-    from openai import OpenAI, OpenAIError
+    from openai import APIStatusError, DefaultHttpxClient, OpenAI
 
-    deadline = time.monotonic() + timeout
-
-    def send_only_the_key(request: Any) -> None:  # and not what the client finds in OPENAI_CUSTOM_HEADERS, for example
-        if time.monotonic() > deadline:
-            raise OpenAIError  # which the client does not try again
-        names = ("host", "content-type", "content-length", "x-stainless-raw-response")
-        sent = {name: request.headers[name] for name in names}
-        request.headers = httpx2.Headers(sent | {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"})
-
-    def skip_error_text(response: Any) -> None:  # the client would read it all
-        if not response.is_success:
-            response.close()
-
-    hooks = {"request": [send_only_the_key], "response": [skip_error_text]}
-    connection = httpx2.Client(follow_redirects=False, event_hooks=hooks)
-    body = bytearray()
-    with OpenAI(base_url=base_url, api_key=key, max_retries=3, timeout=timeout, http_client=connection) as client:
-        create = client.chat.completions.with_streaming_response.create
-        with create(model=model, messages=messages, temperature=0) as reply:
-            for part in reply.http_response.iter_raw():
-                body += part
-                if len(body) > JUDGE_BYTES or time.monotonic() > deadline:
-                    break
-    return bytes(body)
-
-
-def ask_judge(*question: Any, timeout: float) -> bytes:
-    """`fetch_reply` within `timeout` seconds, retries included; ConnectionError, with a short reason, if that fails.
-
-    The time also ends for a server that sends its headers byte by byte: a thread reads them, and nobody waits for it.
-    """
-    from openai import APIStatusError
-
-    reply: Future[bytes] = Future()
-
-    def fetch() -> None:
-        try:
-            reply.set_result(fetch_reply(*question, timeout))
-        except Exception as error:
-            reply.set_exception(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
+    usage["requests"] += 1
     try:
-        return reply.result(timeout)
+        # No redirect: key and tasks go to the named server alone.
+        with OpenAI(**server, max_retries=3, http_client=DefaultHttpxClient(follow_redirects=False)) as client:
+            reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
     except APIStatusError as error:
-        reason = f"HTTP {error.status_code}"
+        raise ConnectionError(f"HTTP {error.status_code}") from None
     except Exception as error:  # whose message may hold the key
-        reason = type(error).__name__.removeprefix("API")
-    raise ConnectionError(reason)
-
-
-def read_reply(body: bytes, usage: Counter) -> str:
-    """The text of a chat answer, its tokens added to `usage`; ValueError for a body of another form."""
-    if len(body) > JUDGE_BYTES:
-        raise ValueError(f"an answer of more than {JUDGE_BYTES:,} bytes")
+        raise ConnectionError(type(error).__name__.removeprefix("API")) from None
     try:
-        reply = json.loads(body)
-        text = reply["choices"][0]["message"]["content"] or ""
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise ValueError(f"not a chat answer ({type(error).__name__})") from None
-    if not isinstance(text, str):
-        raise ValueError(f"not a chat answer (its content is of type {type(text).__name__})")
-    counts = reply.get("usage")
-    for name in ("prompt_tokens", "completion_tokens"):
-        count = counts.get(name) if isinstance(counts, dict) else 0
-        usage[name] += count if type(count) is int and count > 0 else 0
-    return text
+        text = reply.choices[0].message.content
+        if reply.usage:
+            usage.update(prompt_tokens=reply.usage.prompt_tokens, completion_tokens=reply.usage.completion_tokens)
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError("not a chat answer") from None
+    return str(text or "")
 
 
 def grade_answer(messages: list[dict[str, str]], ask: Callable[[list[dict[str, str]]], str]) -> dict[str, Any]:
@@ -2617,30 +2510,19 @@ def judge_answers(
     model: str,
     key: str,
     cache: str | Path,
-    timeout: float = 120.0,
+    timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Let a model behind an OpenAI-compatible endpoint grade the answers to the tasks that have a reference.
 
-    A grade is kept in the folder `cache`, by task, answer, judge and rubric, and not asked for again. A question takes
-    `timeout` seconds at most; after GIVE_UP_AFTER in a row without a reply no more are asked. Nothing is raised for
-    what the judge does: the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and
-    seconds.
+    A grade is kept in the folder `cache`, by task, answer, judge and rubric, and not asked for again. After
+    GIVE_UP_AFTER tasks without a reply (see `ask_judge`) no more are asked. Nothing is raised for what the judge does:
+    the result holds `grades` (by task_id), `failures` (task_id and reason), requests, tokens and seconds.
     """
     from tqdm.auto import tqdm
 
     usage = Counter(from_cache=0, requests=0, prompt_tokens=0, completion_tokens=0)
     grades, failures, silent, started = {}, [], 0, time.perf_counter()
-
-    def ask(messages: list[dict[str, str]]) -> str:
-        nonlocal silent
-        if silent == GIVE_UP_AFTER:
-            raise ConnectionError(f"not asked: no answer {GIVE_UP_AFTER} times in a row")
-        silent += 1
-        usage["requests"] += 1
-        body = ask_judge(messages, base_url, model, key, timeout=timeout)
-        silent = 0
-        return read_reply(body, usage)
-
+    ask = partial(ask_judge, usage=usage, model=model, base_url=base_url, api_key=key, timeout=timeout)
     for task, answer in tqdm(list(zip(tasks, answers, strict=True)), unit="grade"):
         if not reference_of(task):
             continue
@@ -2651,11 +2533,14 @@ def judge_answers(
             usage["from_cache"] += 1
             continue
         try:
+            if silent == GIVE_UP_AFTER:
+                raise ValueError(f"not asked: no answer {GIVE_UP_AFTER} times")
             found = grade_answer(messages, ask)
         except (ConnectionError, ValueError) as error:
+            silent += isinstance(error, ConnectionError)
             failures.append({"task_id": task_id, "reason": str(error)})
         else:
-            grades[task_id] = found["grade"]
+            silent, grades[task_id] = 0, found["grade"]
             write_json(path, {"task_id": task_id, **found})
     seconds = round(time.perf_counter() - started, 1)
     known = {"model": model, "base_url": base_url, "rubric": RUBRIC_VERSION, "grades": grades, "failures": failures}
@@ -2703,11 +2588,9 @@ _locks: dict[Path, Any] = {}  # held until the process ends
 
 
 def lock_folder(folder: str | Path, stage: str) -> None:
-    """Lock `folder` for `stage` until this process ends; RecipeError if another process holds that lock.
+    """Lock `folder` for `stage` until this process ends or is killed; of several (accelerate) the first one locks.
 
-    Of several processes (accelerate) the first one locks for all.
-    The system gives the lock back when a process is killed; where a file system has none, nothing is locked. A folder
-    that cannot be written is a RecipeError, too: better now than after the hours whose result could not be saved.
+    RecipeError if another process holds that lock, or if the folder cannot be written: better now than after hours.
     """
     import socket
 
@@ -2720,13 +2603,13 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
-            raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
-        except (NotImplementedError, OSError):
-            pass  # no locks here, or nothing can be written: that the next line tells
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
+    except (NotImplementedError, OSError):
+        pass  # no locks here, or nothing can be written: that the next line tells
+    try:
         holder.write_text(me, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"output_dir {folder} cannot be written ({first_line(error)}); choose another one") from None
@@ -2757,14 +2640,11 @@ def compute_dtype() -> str:
 
 def read_config(name: str, revision: str = "", file: str = "config.json") -> dict[str, Any]:
     """A JSON file of a model folder or hub repository, without loading the model; RecipeError if there is no model."""
-    find_model(name, revision)
-    if Path(name).is_dir():
-        path = Path(name, file)
-    else:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-        path = Path(hf_hub_download(name, file, revision=revision or None))
-    return json.loads(path.read_text(encoding="utf-8"))
+    find_model(name, revision)
+    path = Path(name, file) if Path(name).is_dir() else hf_hub_download(name, file, revision=revision or None)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 # Models (model_type of config.json) whose attention is what `example_attention` and `SlotDecoder` compute;
@@ -2821,34 +2701,31 @@ def report_machine(packages: Iterable[str], need: Mapping[str, float], remedy: s
 
 
 def find_model(name: str, revision: str = "") -> str:
-    """Check that `name` is a model folder or a reachable hub repository, before anything large is loaded.
+    """The commit of a hub repository, "" for a model folder, before anything large is loaded.
 
-    Returns the commit of a hub repository, "" for a folder.
-    Raises RecipeError that says whether the name, the permission or the network is at fault.
+    RecipeError says whether the name, the permission or the network is at fault.
     """
-    if Path(name).is_dir():
-        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise RecipeError(f"{name}: the folder holds no config.json; did the notebook that writes it finish?")
-        return ""
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise RecipeError(
-            f"{name}: no such folder; run the notebook that writes it, or name a hub repository (owner/name)"
-        )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if Path(name).is_dir():
+        if any(Path(name, file).is_file() for file in ("config.json", "adapter_config.json")):
+            return ""
+        raise RecipeError(f"{name}: the folder holds no config.json; did the notebook that writes it finish?")
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        problem = "no such folder; run the notebook that writes it, or name a hub repository (owner/name)"
+        raise RecipeError(f"{name}: {problem}")
     try:
         return HfApi().model_info(name, revision=revision or None, timeout=20).sha
     except GatedRepoError:
-        raise RecipeError(f"{name} asks for consent: accept its terms on the hub and set the secret HF_TOKEN") from None
+        problem = "asks for consent: accept its terms on the hub and set the secret HF_TOKEN"
     except RepositoryNotFoundError:
-        raise RecipeError(
-            f"{name}: neither a folder nor a hub repository (a private one needs the secret HF_TOKEN)"
-        ) from None
+        problem = "neither a folder nor a hub repository (a private one needs the secret HF_TOKEN)"
     except RevisionNotFoundError:
-        raise RecipeError(f"{name}: the hub repository has no revision {revision!r}") from None
+        problem = f"the hub repository has no revision {revision!r}"
     except Exception as error:
-        raise RecipeError(f"{name}: no such folder, and the hub cannot be reached ({first_line(error)})") from None
+        problem = f"no such folder, and the hub cannot be reached ({first_line(error)})"
+    raise RecipeError(f"{name}: {problem}")
 
 
 def capped_attention(query: Any, key: Any, value: Any, hidden: Any, scaling: float, softcap: float | None) -> Any:
@@ -2980,9 +2857,8 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"{name}: its tokenizer has no end token, so that no answer would ever end")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):
-        spare = [
-            t for t in tokenizer.get_added_vocab() if re.search("pad|reserved|unused|placeholder|control", t, re.I)
-        ]
+        words = re.compile("pad|reserved|unused|placeholder|control", re.I)
+        spare = list(filter(words.search, tokenizer.get_added_vocab()))
         spare.sort(key=lambda token: ("pad" not in token.lower(), tokenizer.convert_tokens_to_ids(token)))
         tokenizer.pad_token = next(filter(None, [*spare, tokenizer.unk_token, tokenizer.eos_token]))
     if not tokenizer.chat_template and {"<start_of_turn>", "<end_of_turn>"} <= tokenizer.get_vocab().keys():
@@ -3082,119 +2958,31 @@ def load_adapter(model: Any, name: str, revision: str = "") -> Any:
             raise RecipeError(f"{name}: {missing} of its tensors are missing; train or fetch it again") from None
 
 
-# What the config of a plain LoRA adapter may set; everything else must be as in a new LoraConfig.
-PLAIN_LORA = (
-    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("lora_dropout", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode"),
-    "peft_version",
-)
+def merge_adapter(base: str, adapter: str | Path, target: str | Path, revision: str = "") -> None:
+    """Write the model `base` with an adapter added to its weights, all in bf16, into the folder `target`.
 
-
-def stored_tensors(folder: str | Path, file: str = "model.safetensors") -> dict[str, Path]:
-    """The file of every tensor that a folder stores in `file`, or in the files that its index names."""
-    from safetensors import safe_open
-
-    folder, index = Path(folder), Path(folder, f"{file}.index.json")
-    if index.is_file():
-        return {name: folder / f for name, f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    if not (folder / file).is_file():
-        raise RecipeError(f"{folder} holds no {file}; of other formats no merged model can be made")
-    with safe_open(folder / file, "pt") as opened:
-        return dict.fromkeys(opened.keys(), folder / file)
-
-
-def read_stored(files: Mapping[str, Path], name: str, device: str) -> Any:
-    """One of the `stored_tensors`; a weight in bitsandbytes' 4 bit is dequantized."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-    from safetensors import safe_open
-
-    with safe_open(files[name], "pt", device=device) as file:  # opened for one tensor, so that no other stays in memory
-        tensor = file.get_tensor(name)
-    # Beside a 4-bit weight stand the tensors that dequantize it.
-    state = {part: read_stored(files, part, device) for part in files if part.startswith(f"{name}.")}
-    if any(".quant_state.bitsandbytes__" in part for part in state):
-        return dequantize_4bit(tensor, QuantState.from_dict(state, device))
-    return tensor
-
-
-def lora_updates(adapter: str | Path, device: str) -> tuple[set[str], Callable[[str, Any], Any]]:
-    """The names of the weights W that a LoRA adapter changes, and the function of a name and W that gives the new W in
-    float32: W + lora_alpha / r x BA. RecipeError if the adapter does anything else."""
-    from peft import LoraConfig
-
-    config, usual = read_config(str(adapter), file="adapter_config.json"), LoraConfig().to_dict()
-    files = stored_tensors(adapter, "adapter_model.safetensors")
-    found = {name: re.fullmatch(r"(base_model\.model\.(.+)\.lora_)[AB]\.weight", name) for name in files}
-    more = [key for key, value in config.items() if key not in PLAIN_LORA and value != usual.get(key)]
-    if more := more + [name for name in files if not found[name]][:1]:
-        raise RecipeError(f"{adapter} cannot be merged, it is more than plain LoRA: {', '.join(more)}")
-    factor = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    prefixes = {f"{match[2]}.weight": match[1] for match in found.values()}
-
-    def update(name: str, weight: Any) -> Any:
-        a, b = (read_stored(files, f"{prefixes[name]}{side}.weight", device).float() for side in "AB")
-        return weight.float().addmm_(b, a, alpha=factor)
-
-    return set(prefixes), update
-
-
-def merge_adapter(
-    base: str, adapter: str | Path, target: str | Path, revision: str = "", shard_size: float = 2e9
-) -> None:
-    """Write the model `base` with a LoRA adapter added to its weights, all in bf16, into the folder `target`.
-
-    The base is a folder, or a hub repository that was loaded before, in 16 bit, float32 or bitsandbytes' 4 bit. Its
-    weights are read and changed one by one, on the GPU if there is one, and written in files of `shard_size` bytes:
-    the host holds one file and one weight. What `target` held is deleted. It counts as unfinished until the caller,
-    who adds the tokenizer, has written its record.
-    RecipeError for a base or an adapter in another form, and for too little disk.
+    The model is dequantized and merged in the host's memory, 2 bytes per weight: a GPU that holds the trained model
+    has no room for it. What `target` held is deleted. It counts as unfinished until the caller, who adds the tokenizer,
+    has written its record. RecipeError for too little memory or disk.
     """
+    import psutil
     import torch
-    from huggingface_hub import hf_hub_download
-    from safetensors.torch import save_file
-    from tqdm.auto import tqdm
+    from peft import PeftModel
 
-    target, device = Path(target), "cuda" if torch.cuda.is_available() else "cpu"
-    local = Path(base).is_dir()
-    folder = Path(base) if local else Path(hf_hub_download(base, "config.json", revision=revision or None)).parent
-    files, (adapted, update) = stored_tensors(folder), lora_updates(adapter, device)
-    names = [name for name in files if ".weight." not in name]  # without the parts of 4-bit weights
-    if unknown := sorted(adapted.difference(names)):
-        raise RecipeError(f"{adapter} cannot be merged: {base} stores no {unknown[0]}")
-    need = 2 * parameter_count(text_config(base, revision))
-    room = sum(path.stat().st_size for path in target.glob("*")) + shutil.disk_usage(target.parent).free
-    if room < 1.01 * need:
-        raise RecipeError(f"{target} will have {need / 1e9:.1f} GB, and the disk has {room / 1e9:.1f} GB: make room")
+    config, target = text_config(base, revision), Path(target)
+    held = sum(path.stat().st_size for path in target.glob("*"))
+    rooms = {"memory": psutil.virtual_memory().available, "disk": held + shutil.disk_usage(target.parent).free}
+    need = 2 * parameter_count(config)
+    for name, room in rooms.items():
+        if room < 1.1 * need:
+            raise RecipeError(f"{target} takes {need / 1e9:.1f} GB, and the {name} has {room / 1e9:.1f} GB: make room")
     shutil.rmtree(target, ignore_errors=True)
     write_json(target / "record.json", {})  # begun: nothing may use it yet
-
-    shards, tensors = [], {}
-
-    def write() -> None:
-        shards.append({name: tensor.nbytes for name, tensor in tensors.items()})
-        save_file(tensors, target / f"{len(shards)}.part", metadata={"format": "pt"})
-        tensors.clear()
-
-    for name in tqdm(names, "merged", unit=" weights"):
-        weight = read_stored(files, name, device)
-        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise RecipeError(f"{base} stores {name} as {weight.dtype}, which cannot be merged")
-        weight = (update(name, weight) if name in adapted else weight).to("cpu", torch.bfloat16)
-        if tensors and sum(tensor.nbytes for tensor in tensors.values()) + weight.nbytes > shard_size:
-            write()
-        tensors[name] = weight
-    write()
-    places = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        Path(target, f"{number}.part").replace(target / file)
-        places |= dict.fromkeys(shard, file)
-    total = sum(sum(shard.values()) for shard in shards)
-    write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-    config = {k: v for k, v in read_config(base, revision).items() if k not in ("quantization_config", "torch_dtype")}
-    write_json(target / "config.json", config | {"dtype": "bfloat16"})
-    if Path(folder, "generation_config.json").is_file():
-        shutil.copy(folder / "generation_config.json", target)
+    model = load_weights(base, config, device_map="cpu", dtype=torch.bfloat16, revision=revision or None)
+    if hasattr(config, "quantization_config"):
+        model = model.dequantize(torch.bfloat16)
+    model = PeftModel.from_pretrained(model, adapter, torch_device="cpu").merge_and_unload()  # sums in float32
+    model.save_pretrained(target, max_shard_size="5GB", save_original_format=False)
 
 
 def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
@@ -3206,49 +2994,32 @@ def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
     api.upload_folder(repo_id=hub_repo, folder_path=folder)
 
 
-def push_dataset(files: Mapping[str, str | Path], hub_repo: str, token: str) -> None:
-    """Upload files (name in the repository: local path) to a private hub dataset repository in one commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(hub_repo, repo_type="dataset", private=True, exist_ok=True)
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    api.create_commit(hub_repo, operations, commit_message="Filtered rows and card", repo_type="dataset")
-
-
 def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
+    """RecipeError if the adapter was trained on another base than `model` (both as `model_source` gives them).
 
-    The same base is the same contents, so that a folder may be moved or pushed; for an adapter without a record it is
-    the name that the adapter's config holds.
+    The same base has the same contents; for an adapter without a record, the name that the adapter's config holds.
     """
-    base = adapter["inputs"].get("model")
-    if base is None:
-        name = read_config(adapter["name"], adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
-        same = name == model["name"] or Path(name).resolve() == Path(model["name"]).resolve()
+    name, found = adapter["name"], model["name"]
+    if base := adapter["inputs"].get("model"):
+        trained_on, same = base["name"], identity(base) == identity(model)
     else:
-        name, same = base["name"], identity(base) == identity(model)
+        trained_on = read_config(name, adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
+        same = Path(trained_on).resolve() == Path(found).resolve()
     if not same:
         raise RecipeError(
-            f"the adapter {adapter['name']} was trained on {name}, not on {model['name']}: name the same model in both"
+            f"the adapter {name} was trained on {trained_on}, not on {found}: name the same model in both"
         )
 
 
+@lru_cache
 def mend_ragatouille() -> None:
-    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; safe to call twice.
-
-    None of the changes alters a score:
-    - ragatouille imports a base class from `langchain.retrievers`, which langchain 1.x no longer has. langchain_core
-      still has the class, so the old path is registered as an alias.
-    - colbert-ai builds its BERT without `post_init()`, which transformers 5 needs in order to load weights.
-    - colbert-ai reads a checkpoint's config with `trust_remote_code=True`; nothing here runs code from a hub.
-    - colbert-ai compiles C++ extensions for its index on disk; searching in memory does not use them.
-    """
+    """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; no score changes."""
     from langchain_core.documents import BaseDocumentCompressor
 
+    # ragatouille imports this class by its path in langchain 0.
     path = "langchain.retrievers.document_compressors.base"
-    for depth in range(path.count(".") + 1):
-        name = ".".join(path.split(".")[: depth + 1])
+    for depth in range(1, path.count(".") + 2):
+        name = ".".join(path.split(".")[:depth])
         sys.modules.setdefault(name, types.ModuleType(name))
     sys.modules[path].BaseDocumentCompressor = BaseDocumentCompressor
 
@@ -3257,9 +3028,8 @@ def mend_ragatouille() -> None:
     from colbert.modeling.tokenization import doc_tokenization, query_tokenization
     from transformers import AutoConfig
 
-    if getattr(hf_colbert.class_factory, "mended", False):
-        return
-    modeling.ColBERT.loaded_extensions = True
+    modeling.ColBERT.loaded_extensions = True  # C++ that is compiled for an index on disk
+    # Without `trust_remote_code`: nothing here runs code from a hub.
     hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=lambda name, **_: AutoConfig.from_pretrained(name))
     original = hf_colbert.class_factory
 
@@ -3267,11 +3037,10 @@ def mend_ragatouille() -> None:
         class MendedColBERT(original(name_or_path)):
             def __init__(self, config: Any, colbert_config: Any) -> None:
                 super().__init__(config, colbert_config)
-                self.post_init()
+                self.post_init()  # transformers 5 loads no weights before it
 
         return MendedColBERT
 
-    class_factory.mended = True
     for module in (hf_colbert, base_colbert, query_tokenization, doc_tokenization):
         module.class_factory = class_factory
 

@@ -29,7 +29,7 @@ def finished_run(folder, chrf, tasks=None, copies=(), **settings):
     scores = {
         "near_duplicates": [{"task_id": task_id} for task_id in copies],
         "output_sha256": helpers.sha256_file(folder / "output.jsonl"),
-        "tasks_sha256": helpers.digest_tasks(tasks),
+        "tasks_sha256": helpers.digest([[task["task_id"], task["input"], task["output"]] for task in tasks]),
         "per_task": scored,
     }
     helpers.write_json(folder / "scores.json", scores)

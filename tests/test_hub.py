@@ -151,17 +151,6 @@ def test_folder_goes_to_a_private_repository_and_an_interrupted_push_goes_on(hub
     assert committed(commit)["README.md"].startswith(b"---\nlicense: gemma")
 
 
-def test_dataset_goes_up_with_its_card_in_one_commit(hub, tmp_path):
-    (tmp_path / "card.md").write_text("---\nlanguage: ja\n---\n")
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
-    files = {"README.md": str(tmp_path / "card.md"), "filtered_magpie.jsonl": str(tmp_path / "rows.jsonl")}
-    done = call(hub, f"helpers.push_dataset({files!r}, 'me/thing', 'hf_x')")
-    assert done.returncode == 0, done.stderr
-    assert (hub.created[0]["type"], hub.created[0]["visibility"]) == ("dataset", "private")
-    (commit,) = hub.commits
-    assert committed(commit) == {"README.md": b"---\nlanguage: ja\n---\n", "filtered_magpie.jsonl": b'{"a": 1}\n'}
-
-
 def test_licence_is_read_from_the_card(hub):
     hub.cards = {"a/free": {"license": "apache-2.0"}, "a/share-alike": {"license": ["cc-by-sa-4.0"]}, "a/none": {}}
     free = call(hub, "print(helpers.data_source('a/free'))")
@@ -200,6 +189,12 @@ def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, reposit
     assert 'in notebook 3: model = "me/quantized"' in said
     said = run_alone("02_filter_magpie", tmp_path / "2", hub_repo="me/filtered", dataset="data/sample/magpie.jsonl")
     assert 'in notebook 3: train_data = "me/filtered"' in said
+    (created,) = [request for request in hub.created if request.get("type") == "dataset"]
+    assert created["visibility"] == "private"
+    assert committed(hub.commits[-1]).keys() == {
+        "README.md",
+        *(f"filtered_magpie.jsonl{x}" for x in ("", ".record.json")),
+    }
     pushed = hub.files["datasets/me/filtered"]  # the sample is a file of one's own, so its card names no licence
     pushed["README.md"] = pushed["README.md"].replace(b"---", b"---\nlicense: apache-2.0", 1)
     values = {"model": "me/quantized", "train_data": "me/filtered", "hub_repo": "me/adapter", "max_steps": 3}

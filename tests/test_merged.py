@@ -1,9 +1,8 @@
-"""`merge_adapter`: base + adapter as one model in bf16, the same model, in little memory."""
+"""`merge_adapter`: base + adapter as one model in bf16, the same model."""
 
 import json
 import shutil
-import subprocess
-import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_hub import SHA, call, hub  # noqa: F401, a fixture
 from test_notebooks import execute
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Phi3Config
@@ -68,9 +67,9 @@ def test_every_weight_is_what_peft_would_merge(kind, rslora, tmp_path):
     adapter = save_adapter(TINY if "4" in kind else base, tmp_path / "adapter", use_rslora=rslora)
     if "4" in kind:
         base = quantize(TINY, tmp_path / "base", kind[:3], "double" in kind)
-    helpers.merge_adapter(str(base), adapter, tmp_path / "merged", shard_size=2e5)
+    helpers.merge_adapter(str(base), adapter, tmp_path / "merged")
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     if "4" in kind:
         helpers.keep_weights_unpacked(model)
         model = model.dequantize()
@@ -83,11 +82,6 @@ def test_every_weight_is_what_peft_would_merge(kind, rslora, tmp_path):
     assert not any(info.values()) and again.dtype == torch.bfloat16
     assert not hasattr(again.config, "quantization_config")
 
-    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 1
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
-    assert {name for name, file in index["weight_map"].items() if (tmp_path / "merged" / file).is_file()} == set(found)
-
 
 def test_without_a_record_it_is_unfinished_and_old_files_are_gone(tmp_path):
     adapter, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "merged"
@@ -99,58 +93,23 @@ def test_without_a_record_it_is_unfinished_and_old_files_are_gone(tmp_path):
     assert sorted(path.name for path in merged.iterdir()) == [
         "config.json",
         "generation_config.json",
-        "model-00001-of-00001.safetensors",
-        "model.safetensors.index.json",
+        "model.safetensors",
         "record.json",
     ]
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all", "fan_in_fan_out": True}, "bias, fan_in_fan_out"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"peft_type": "LOHA"}, "peft_type"),
-        ({"an_option_of_next_year": 1}, "an_option_of_next_year"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "lora_embedding_A"),
-        ("base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector", "lora_magnitude_vector"),
-        ("base_model.model.language_model.layers.0.mlp.down_proj.lora_A.weight", "stores no language_model"),
-    ],
-)
-def test_adapters_that_do_more_are_refused(change, named, tmp_path):
-    adapter, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "merged"
-    config, tensors = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
-    if isinstance(change, dict):
-        config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    else:
-        save_file(load_file(tensors) | {change: torch.zeros(4, 4)}, tensors)
-    with pytest.raises(RecipeError, match=f"adapter cannot be merged.*{named}"):
-        helpers.merge_adapter(str(TINY), adapter, merged)
-    assert not merged.exists()
-
-
-def test_bases_that_cannot_be_merged_and_a_small_disk(tmp_path):
+@pytest.mark.parametrize("small", ["memory", "disk"])
+def test_too_little_memory_or_disk_is_told_before_anything_is_deleted(small, tmp_path, monkeypatch):
     adapter, base, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "base", tmp_path / "merged"
     shutil.copytree(TINY, base)
-    weights = load_file(base / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, base / "model.safetensors")
-    with pytest.raises(RecipeError, match=f"base stores {name} as torch.float8_e4m3fn"):
-        helpers.merge_adapter(str(base), adapter, merged)
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    with pytest.raises(RecipeError, match=r"base holds no model\.safetensors"):
-        helpers.merge_adapter(str(base), adapter, merged)
-    shutil.copy(TINY / "model.safetensors", base)
+    shutil.copytree(TINY, merged)
     config = json.loads((TINY / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 2**40}))
-    shutil.rmtree(merged)
-    with pytest.raises(RecipeError, match=r"merged will have 281475\.0 GB, and the disk has .* GB: make room"):
+    if small == "disk":
+        monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=2**60))
+    with pytest.raises(RecipeError, match=rf"merged takes 281475\.0 GB, and the {small} has .* GB: make room"):
         helpers.merge_adapter(str(base), adapter, merged)
-    assert not merged.exists()
+    assert (merged / "model.safetensors").is_file()
 
 
 def test_a_base_on_the_hub_gives_the_same_files(hub, tmp_path, monkeypatch):  # noqa: F811
@@ -163,56 +122,6 @@ def test_a_base_on_the_hub_gives_the_same_files(hub, tmp_path, monkeypatch):  # 
     assert done.returncode == 0, done.stderr
     helpers.merge_adapter(str(TINY), adapter, tmp_path / "expected")
     assert helpers.hash_files(tmp_path / "merged") == helpers.hash_files(tmp_path / "expected")
-
-
-def large_model(folder):
-    """A model of 0.8 GB in files of 57 MB, and an adapter, written file by file; returns its size in MB."""
-    config = json.loads((TINY / "config.json").read_text())
-    config |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 16, "layer_types": None}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = {n: p.shape for n, p in helpers.empty_model(helpers.text_config(str(folder))).named_parameters()}
-    places = {name: f"{number // 14}.safetensors" for number, name in enumerate(shapes)}
-    lora = {}
-    for file in set(places.values()):
-        tensors = {
-            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_() for name in places if places[name] == file
-        }
-        save_file(tensors, folder / file)
-    for name, shape in shapes.items():
-        if name.endswith("proj.weight"):
-            lora[f"base_model.model.{name[:-7]}.lora_A.weight"] = torch.randn(4, shape[1])
-            lora[f"base_model.model.{name[:-7]}.lora_B.weight"] = torch.randn(shape[0], 4)
-    helpers.write_json(folder / "model.safetensors.index.json", {"weight_map": places})
-    save_file(lora, folder / "adapter_model.safetensors")
-    helpers.write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
-    return sum(shape.numel() for shape in shapes.values()) * 2 / 1e6
-
-
-MEASURE = """
-import re, sys
-import bitsandbytes, peft, torch, transformers
-import helpers
-def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024 / 1e6
-start, (base, merged, shard_size) = peak(), sys.argv[1:]
-helpers.merge_adapter(base, base, merged, shard_size=float(shard_size))
-print(peak() - start)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
-def test_memory_is_that_of_a_file_and_not_of_the_model(tmp_path):
-    size = large_model(tmp_path / "base")
-
-    def peak(shard_size):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / "base"), str(tmp_path / "merged"), str(shard_size)]
-        run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        return float(run.stdout.split()[-1])
-
-    assert size > 800
-    assert peak(1e8) < size / 2
-    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 8
-    assert peak(1e10) > size  # so the measure does see a whole model
 
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
