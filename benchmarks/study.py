@@ -43,6 +43,7 @@ MEASURES = {
     "chrf": ("chrF", 1),
     "rouge_l": ("ROUGE-L", 1),
 }
+COLUMNS = ["arm", "seed", "task_id", "nll", "chrf", "rouge_l", "japanese", "repeated", "loop", "cut", "characters"]
 DIGITS = {"nll": 4, "chrf": 2, "rouge_l": 2, "japanese": 4, "repeated": 4}
 UNTOLD = "cannot be told from noise"
 
@@ -51,7 +52,7 @@ UNTOLD = "cannot be told from noise"
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write below args.out: the rows of every filter and seed (equal tokens), the tasks, random examples, a retriever."""
+    """Write below args.out the rows of every filter and seed (equal tokens), tasks, random examples and a retriever."""
     rules = json.loads((ROOT / "data/filter_rules_2024.json").read_text(encoding="utf-8"))
     off = {"replacements": [], "ng": [], "rare_below": 0, "rare_after_below": 0, "japanese_percent": 0}
     helpers.write_json(args.out / "no_rules.json", rules | off)
@@ -61,7 +62,7 @@ def prepare(args: argparse.Namespace) -> None:
     for name, file in files.items():
         folder = args.out / "filter" / name
         settings = [f"output_dir={folder}", f"dataset={args.dataset}", "dataset_revision=", f"rules={file}"]
-        run_series("02", settings + ["02_filter_magpie.allow_licences=unknown"], folder / "log.txt", {})
+        run_series("02", [*settings, "02_filter_magpie.allow_licences=unknown"], folder / "log.txt", {})
         kept[name] = {row["id"]: row for row in helpers.load_rows(folder / "filtered_magpie.jsonl")}
     if (args.out / "tasks.jsonl").is_file():  # written last
         return
@@ -129,7 +130,7 @@ def shared_words_retriever(folder: Path, documents: list[str]) -> None:
     weights["linear.weight"] = torch.eye(size)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     settings = {
         "query_token_id": "[unused0]", "doc_token_id": "[unused1]", "query_token": "[Q]", "doc_token": "[D]",
         "query_maxlen": 32, "doc_maxlen": 300, "attend_to_mask_tokens": False, "mask_punctuation": True,
@@ -162,7 +163,7 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.runs, self.pool = args, {}, ThreadPoolExecutor(args.jobs)
-        gpus = helpers.visible_gpus() if hasattr(helpers, "visible_gpus") else count_gpus()
+        gpus = count_gpus()
         self.environment = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in range(gpus)] or [{}]
         self.notebooks = {key: read_notebook(next(ROOT.glob(f"notebooks/{key}_*.ipynb")))[1] for key in ("03", "04")}
         self.number = count()
@@ -233,8 +234,7 @@ def collect(runner: Runner) -> pd.DataFrame:
             table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))["per_task"])
             tables.append(table.assign(arm=arm, seed=seed))
     scores = pd.concat(tables)
-    scores = scores[["arm", "seed", "task_id", "nll", "chrf", "rouge_l", "japanese", "repeated", "loop", "cut", "characters"]]
-    return scores.round(DIGITS)
+    return scores[COLUMNS].round(DIGITS)
 
 
 # 3. Effects
@@ -246,7 +246,7 @@ def differences(scores: pd.DataFrame, arm: str, against: str, measure: str) -> n
     chosen = scores[scores["task_id"].str.startswith({"tasks": "task", "held_out": "row"}.get(part, ""))]
     wide = [chosen[chosen["arm"] == a].pivot(index="seed", columns="task_id", values=name) for a in (arm, against)]
     seeds = max(wide, key=len).index
-    first, second = (table.loc[seeds] if len(table) > 1 else table.loc[table.index.repeat(len(seeds))] for table in wide)
+    first, second = (table.loc[seeds] if len(table) > 1 else table.loc[[*table.index] * len(seeds)] for table in wide)
     found = first.to_numpy(float) - second[first.columns].to_numpy(float)
     return found[:, ~np.isnan(found).any(axis=0)]
 
@@ -254,21 +254,20 @@ def differences(scores: pd.DataFrame, arm: str, against: str, measure: str) -> n
 def effect(found: np.ndarray, resamples: int = 99_999) -> dict[str, float]:
     """Mean difference, its 95 % interval and a p-value for differences (seeds, tasks).
 
-    The interval is a bootstrap over seeds and tasks; p is that of a sign-flip test over the tasks' means over the seeds.
+    The interval is a bootstrap over seeds and tasks; p comes from a sign-flip test of the tasks' means over the seeds.
     """
     from scipy.stats import permutation_test
 
     draw = np.random.default_rng(0)
     seeds, tasks = found.shape
-    means = [
-        found[draw.integers(seeds, size=seeds)][:, draw.integers(tasks, size=tasks)].mean() for _ in range(9_999)
-    ]
+    means = [found[draw.integers(seeds, size=seeds)][:, draw.integers(tasks, size=tasks)].mean() for _ in range(9_999)]
     by_task = found.mean(axis=0)
     test = {"permutation_type": "samples", "n_resamples": resamples, "batch": 5_000, "rng": 0}
     p = permutation_test((by_task,), lambda x, axis: x.mean(axis=axis), vectorized=True, **test).pvalue
     low, high = np.percentile(means, [2.5, 97.5])
     same_sign = len(set(np.sign(found.mean(axis=1)))) == 1
-    return {"difference": by_task.mean(), "low": low, "high": high, "p": float(p), "same_sign": same_sign, "tasks": tasks}
+    ends = {"difference": by_task.mean(), "low": low, "high": high}
+    return ends | {"p": float(p), "same_sign": same_sign, "tasks": tasks}
 
 
 def holm(p: pd.Series) -> pd.Series:
@@ -355,13 +354,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="llm-jp/magpie-sft-v1.0", help="rows to filter and to train on")
     parser.add_argument("--tasks", default="elyza/ELYZA-tasks-100", help="tasks with references")
-    parser.add_argument("--qa", default="tomo1222/Japanese-QA111dataset", help="question/answer pairs, also the examples")
+    parser.add_argument("--qa", default="tomo1222/Japanese-QA111dataset", help="pairs, also the examples")
     parser.add_argument("--model", default="models/gemma-3-270m", help="`make models/gemma-3-270m/tokenizer.json`")
     parser.add_argument("--out", type=Path, default=Path("outputs/study"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="only these (see parts.yaml)")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true", help="only table and picture, from benchmarks/study/scores.csv")
+    parser.add_argument("--report", action="store_true", help="only table and picture, of benchmarks/study")
     args = parser.parse_args()
     os.chdir(ROOT)
     stored = ROOT / "benchmarks/study"
