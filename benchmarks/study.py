@@ -11,6 +11,7 @@ task and an example share.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def prepare(args: argparse.Namespace) -> None:
             order, total[seed] = random.Random(seed).sample(sorted(lengths), len(lengths)), 0
             drawn = []
             for key in order:
-                if total[seed] >= STUDY["tokens"]:
+                if total[seed] >= args.tokens:
                     break
                 drawn.append(rows[key])
                 total[seed] += lengths[key]
@@ -166,7 +166,7 @@ class Runner:
         gpus = count_gpus()
         self.environment = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in range(gpus)] or [{}]
         self.notebooks = {key: read_notebook(next(ROOT.glob(f"notebooks/{key}_*.ipynb")))[1] for key in ("03", "04")}
-        self.number = count()
+        self.number = itertools.count()
 
     def folder(self, arm: str, seed: int) -> Path:
         return self.args.out / "runs" / f"{arm.replace(' ', '_').replace(',', '')}-{seed}"
@@ -176,6 +176,7 @@ class Runner:
         if (arm, seed) not in self.runs:
             values = ARMS[arm]
             needs = [self.start("1 epoch", seed)] if values.get("model") == "merged" else []
+            needs += [self.start("preferences", seed)] if values.get("rows") == "pairs" else []
             if not needs and not self.trains(arm):
                 needs = [self.start("base", seed)]
             self.runs[arm, seed] = self.pool.submit(self.run, arm, seed, needs)
@@ -193,6 +194,8 @@ class Runner:
         args, values, folder = self.args, ARMS[arm], self.folder(arm, seed)
         environment, log = self.environment[next(self.number) % len(self.environment)], folder / "log.txt"
         rows = args.out / f"rows/{values.get('rows', 'reviewed')}-{seed}.jsonl"
+        if values.get("rows") == "pairs":
+            rows = self.folder("preferences", seed) / "dpo/pairs.jsonl"
         examples = args.out / f"examples/{values.get('k')}-{seed}.jsonl" if "examples" in values else args.qa
         settings = {"output_dir": folder, "model": args.model, "03_sft.train_data": rows, "03_sft.qa_data": args.qa}
         settings |= {"03_sft.seed": seed, "04_rag_inference.train_data": rows, "04_rag_inference.qa_data": examples}
@@ -226,9 +229,9 @@ def count_gpus() -> int:
 
 
 def collect(runner: Runner) -> pd.DataFrame:
-    """The scores of every finished run: a row per arm, seed and task."""
+    """The scores of every finished run, also of an earlier call: a row per arm, seed and task."""
     tables = []
-    for arm, seed in runner.runs:
+    for arm, seed in itertools.product(ARMS, SEEDS):
         file = runner.folder(arm, seed) / "scores.json"
         if file.is_file():
             table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))["per_task"])
@@ -360,6 +363,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="only these (see parts.yaml)")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--tokens", type=int, default=STUDY["tokens"], help="of an epoch (parts.yaml)")
     parser.add_argument("--report", action="store_true", help="only table and picture, of benchmarks/study")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -369,9 +373,10 @@ def main() -> None:
     started = time.time()
     prepare(args)
     runner = Runner(args)
-    # `base` first, because most arms build on it.
-    chosen = [(arm, seed) for arm in args.arms or ARMS for seed in ARMS[arm].get("seeds", SEEDS) if seed in args.seeds]
-    for arm, seed in sorted(chosen, key=lambda run: not runner.trains(run[0]) or "model" in ARMS[run[0]]):
+    # First what others wait for and what takes longest, then one seed after the other: an early end leaves whole seeds.
+    first = ["1 epoch", "base", "preferences"]
+    chosen = [(arm, seed) for seed in args.seeds for arm in args.arms or ARMS if seed in ARMS[arm].get("seeds", SEEDS)]
+    for arm, seed in sorted(chosen, key=lambda run: first.index(run[0]) if run[0] in first else len(first)):
         runner.start(arm, seed)
     failed = [name for name, future in runner.runs.items() if future.exception()]
     scores = collect(runner)
