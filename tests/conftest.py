@@ -15,6 +15,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test marked `plain_trl` gets a process of its own if unsloth, which changes trl, is loaded in this one."""
+    if pyfuncitem.get_closest_marker("plain_trl") and "unsloth" in sys.modules:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        return True
+    return None
+
+
 def run_cell(notebook, cell_id, **values):
     """Execute one code cell of a notebook with these values; returns all names that it leaves behind."""
     cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -70,6 +70,7 @@ def test_pairs_without_a_difference_are_left_out_and_counted(loaded):
     assert left_out == {"empty": 1, "equal": 1, "too long": 1}
 
 
+@pytest.mark.plain_trl
 def test_the_trainer_sees_the_pairs_and_starts_from_the_reference(tmp_path):
     model, tokenizer = preferences.load(TINY)
     pairs = [pair(), pair(cut=True, rejected="知りません。山は山です。")]
@@ -93,6 +94,7 @@ def test_answers_in_a_padded_batch_are_those_of_each_question_alone(loaded, monk
     assert len({text for text, _ in found}) == 3
 
 
+@pytest.mark.plain_trl
 def test_notebook_4_gets_an_adapter_that_prefers_the_chosen_answers(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(preferences.TRAINING, "learning_rate", 1e-2)
     monkeypatch.setattr(preferences, "PAIRS_PER_STEP", 4)
