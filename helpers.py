@@ -3085,11 +3085,22 @@ def compiled_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.specialize_float = True  # the cap is a constant of the kernel
+    # With several processes torch would look for places to split the kernel at its weights: it has none, and some
+    # versions of torch refuse to compile attention that way.
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(flex_attention, dynamic=True)
 
 
 def start_engine(engine: str) -> None:
-    """Import unsloth, if it is the engine, before the libraries that it patches."""
+    """Choose this process's GPU, and import unsloth, if it is the engine, before the libraries that it patches.
+
+    A process uses one GPU: of several processes (accelerate) each the one of its number, a single one the first. Left
+    to the libraries, a single process would spread the model over all GPUs, and one of several would put what is not
+    told its place (the retriever, recorded decoding steps) on the first.
+    """
+    number = os.environ.get("LOCAL_RANK")
+    if number is None:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if engine == "unsloth":
         # No usage statistics.
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -3102,6 +3113,11 @@ def start_engine(engine: str) -> None:
 
         torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
         import unsloth  # noqa: F401
+    if number is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(number))
 
 
 def load_tokenizer(name: str, revision: str = "") -> Any:
