@@ -4,8 +4,8 @@
     python benchmarks/two_gpus.py --out outputs/two_gpus --tiny   # a tiny model on the CPU: does every step still run?
 
 The model has random weights in the shape of gemma-2-9b (--model 27b: gemma-2-27b), in 4 bits. The notebooks run as the
-README says: papermill --prepare-only, nbconvert, then `python` for one process and `accelerate launch` for two. One cell
-of notebook 3 gets more: a clock that notes when each step ends and how many tokens were in it.
+README says: papermill --prepare-only, nbconvert, then `python` for one process and `accelerate launch` for two. Only
+notebook 3 gets something more: a clock that notes when each step ends and how many tokens were in it.
 
 Five runs, each in processes of its own with a time limit; what failed is reported, and the others still run: training
 on one GPU and, at the same time, answering on the other one; then training on two, the same once more from its
@@ -18,7 +18,7 @@ shorter rows do not count more. What is left is the order in which gradients are
 every process draws its own, in another order than one process alone.
 The loss on the texts held out is a mean over batches, on two GPUs weighted by their tokens, on one not.
 An answer depends on its neighbours by rounding: sums in bf16 change with the number of slots and columns. Random
-weights find many tokens almost equally good, so that two answers soon go different ways; real ones do so later or never.
+weights find many tokens almost equally good, so that two answers soon differ; real ones do so later or never.
 """
 
 import argparse
@@ -84,6 +84,8 @@ class StepClock(TrainerCallback):
 
 import time
 
+if not gpu:  # accelerate calls the CPU of several processes "cpu:0", to which torch cannot load an optimizer's state
+    SFTConfig.device = torch.device("cpu")
 trainer.add_callback(StepClock())
 '''
 
@@ -135,7 +137,7 @@ def write_data(folder: Path, options: argparse.Namespace) -> None:
         return "".join(chosen)
 
     mean, longest = (40, 100) if options.tiny else (240, 2000)  # of the answers, to which comes the prompt's text
-    texts = math.ceil(options.steps * STEP / (1 - HELD_OUT))
+    texts = math.ceil(options.steps * STEP / (1 - HELD_OUT)) - len(rows)  # which are trained on, too
     lengths = gpu.example_lengths(texts, longest, mean)
     training = [{"input": draw.choice(rows)["input"], "output": text(length)} for length in lengths]
     asked = [{"task_id": number, "input": text(40)} for number in range(options.tasks)]
@@ -268,7 +270,7 @@ def compare_losses(one: dict, other: dict) -> dict:
 def compare_answers(one: dict, other: dict) -> dict:
     """Shares of the answers that are equal and that begin with the same 10 characters."""
     pairs = [(answer, other["answers"][task]) for task, answer in one["answers"].items()]
-    alike = [sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*pair))) for pair in pairs]
+    alike = [sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False))) for pair in pairs]
     return {
         "equal": round(sum(a == b for a, b in pairs) / len(pairs), 3),
         "same_first_10": round(sum(length >= 10 for length in alike) / len(pairs), 3),
