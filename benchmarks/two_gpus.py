@@ -16,7 +16,7 @@ What can be equal: accelerate deals the batches out in turn, so that a step has 
 one GPU. transformers counts the tokens of a step over all processes and divides the sum of all losses by it, so that
 shorter rows do not count more. What is left is the order in which gradients are added up. The noise of NEFTune is off:
 every process draws its own, in another order than one process alone.
-The loss on the texts held out is a mean over batches, on two GPUs weighted by their tokens, on one not.
+The loss on the texts held out is a mean over rows, on two GPUs weighted by the tokens of two rows, on one not.
 An answer depends on its neighbours by rounding: sums in bf16 change with the number of slots and columns. Random
 weights find many tokens almost equally good, so that two answers soon differ; real ones do so later or never.
 """
@@ -159,8 +159,10 @@ def parameters(out: Path, name: str, options: argparse.Namespace) -> dict:
         values |= {"r": 4, "lora_alpha": 4, "max_seq_length": 128} if options.tiny else {}
     else:
         values |= {"adapter": "none", "tasks": out / "tasks.jsonl", "retriever": "data/tiny/colbert"}
-        values |= {"max_new_tokens": options.new_tokens}
-        values |= {"k": 1, "max_seq_length": 512, "batch_size": 4} if options.tiny else {}
+        # Every answer has this length, so that the slots are all full or all empty: the number of tasks should be a
+        # multiple of both processes' slots.
+        values |= {"max_new_tokens": options.new_tokens, "batch_size": 4 if options.tiny else 32}
+        values |= {"k": 1, "max_seq_length": 512} if options.tiny else {}
     return values
 
 
