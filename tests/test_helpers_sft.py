@@ -1,7 +1,11 @@
 """Section 4 of helpers.py: training texts, chat template, resuming."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import run_cell
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
@@ -230,3 +234,13 @@ def test_even_rows_hold_every_text_once_in_each_epoch_whatever_the_number_of_pro
     assert sorted(epochs[0][:8]) == sorted(order[:8])  # the texts of a step are those of the random order
     assert epochs[0] != epochs[1]
     assert all(sorted(epoch) == [*range(100)] for epoch in epochs) and len(sampler) == 100
+
+
+@pytest.mark.parametrize(("processes", "tested"), [(1, 19), (2, 16), (4, 16), (8, 19)])
+def test_several_processes_test_whole_batches(processes, tested):
+    """transformers would fill the last one up with texts that have been counted already."""
+    arguments = SimpleNamespace(per_device_eval_batch_size=4, world_size=processes)
+    held_out = Dataset.from_dict({"input_ids": [[2, number] for number in range(19)]})
+    names = {"held_out": held_out, "training_args": arguments, "SFTTrainer": lambda **options: options}
+    names = run_cell("03_sft", "trainer", lm=None, tokenizer=None, train_dataset=None, **names)
+    assert len(names["trainer"]["eval_dataset"]) == tested
