@@ -182,8 +182,8 @@ def prepare(out: Path, name: str, options: argparse.Namespace) -> None:
             raise RuntimeError(f"{command[0]}: {done.stderr[-2000:]}")
     if notebook == "03_sft":
         script = (folder / "03.py").read_text(encoding="utf-8")
-        before, call, after = script.partition("try:\n    helpers.train(")
-        (folder / "03.py").write_text(before + CLOCK + call + after, encoding="utf-8")
+        before, after = script.split("try:\n    helpers.train(")
+        (folder / "03.py").write_text(f"{before}{CLOCK}try:\n    helpers.train({after}", encoding="utf-8")
 
 
 def start_in_the_middle(out: Path) -> None:
@@ -343,6 +343,8 @@ def measure(options: argparse.Namespace, shape: str) -> None:
     """Prepare everything, run the five runs, and write and print what they gave."""
     import torch
 
+    if not options.tiny and torch.cuda.device_count() < 2:
+        sys.exit("two GPUs are needed; with --tiny none")
     started = time.time()
     out = options.out.resolve()
     (out / "model").mkdir(parents=True)
