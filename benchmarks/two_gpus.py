@@ -8,9 +8,9 @@ README says: papermill --prepare-only, nbconvert, then `python` for one process 
 notebook 3 gets something more: a clock that notes when each step ends and how many tokens were in it.
 
 Five runs, each in processes of its own with a time limit; what failed is reported, and the others still run: training
-on one GPU and, at the same time, answering on the other one; then training on two, the same once more from its
-checkpoint in the middle, and answering on two. OUT gets two_gpus.json (anew after every run), all outputs and logs.
-The result is a Markdown table on stdout.
+on one GPU and, at the same time, answering on the other one; then training on two, answering on two, and the training
+on two once more from its checkpoint in the middle. OUT gets two_gpus.json (anew after every run), all outputs and logs;
+what takes too long writes to its log where it stands. The result is a Markdown table on stdout.
 
 What can be equal: accelerate deals the batches out in turn, so that a step has the same rows (8 texts end to end) as on
 one GPU. transformers counts the tokens of a step over all processes and divides the sum of all losses by it, so that
@@ -26,11 +26,14 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from itertools import takewhile
@@ -84,8 +87,6 @@ class StepClock(TrainerCallback):
 
 import time
 
-if not gpu:  # accelerate calls the CPU of several processes "cpu:0", to which torch cannot load an optimizer's state
-    SFTConfig.device = torch.device("cpu")
 trainer.add_callback(StepClock())
 '''
 
@@ -166,8 +167,8 @@ def parameters(out: Path, name: str, options: argparse.Namespace) -> dict:
     return values
 
 
-def prepare(out: Path, name: str, options: argparse.Namespace) -> None:
-    """The notebook with its parameters as a script, as in the README; notebook 3 with the clock."""
+def prepare(out: Path, name: str, options: argparse.Namespace) -> dict:
+    """The notebook with its parameters as a script (notebook 3 with the clock): what went wrong, if anything."""
     notebook = "03_sft" if name.startswith("train") else "04_rag_inference"
     folder = out / name
     folder.mkdir()
@@ -179,11 +180,13 @@ def prepare(out: Path, name: str, options: argparse.Namespace) -> None:
     ):
         done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{command[0]}: {done.stderr[-2000:]}")
+            (out / f"{name}.log").write_text(done.stderr, encoding="utf-8")
+            return {"error": f"{command[0]} failed: {done.stderr[-2000:]}"}
     if notebook == "03_sft":
         script = (folder / "03.py").read_text(encoding="utf-8")
         before, after = script.split("try:\n    helpers.train(")
         (folder / "03.py").write_text(f"{before}{CLOCK}try:\n    helpers.train({after}", encoding="utf-8")
+    return {}
 
 
 def start_in_the_middle(out: Path) -> None:
@@ -193,15 +196,30 @@ def start_in_the_middle(out: Path) -> None:
     shutil.copytree(checkpoints, out / "train_resumed/checkpoints", ignore=shutil.ignore_patterns(last.name))
 
 
+def stop(process: subprocess.Popen) -> None:
+    """End a process and its children; each one first writes to its log where it stands."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for number, seconds in ((signal.SIGABRT, 5), (signal.SIGKILL, 20)):
+        for victim in family:
+            with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                victim.send_signal(number)
+        _, family = psutil.wait_procs(family, timeout=seconds)
+
+
 def run(out: Path, name: str, device: str | None, seconds: float) -> dict:
     """Run a prepared notebook, in one process on `device` or (None) in two: what went wrong, if anything."""
     (script,) = (out / name).glob("*.py")
-    environment = dict(os.environ)  # with the machine's settings for NCCL
+    # With the machine's settings for NCCL; a process that has to be stopped loses no line, and says where it stood.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, str(script)]
     if device is None:
-        launch = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+        # Any free port: another training on this machine may have the usual one.
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
         on_cpu = json.loads((out / "model/config.json").read_text(encoding="utf-8"))["hidden_size"] < 1000
-        command[1:1] = [*launch, "--multi_gpu"] if on_cpu else launch  # where no GPU is it would start one process
+        if on_cpu:
+            launch.append("--multi_gpu")  # it would start one process
+            environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not "cpu:0", to which torch cannot load a checkpoint
+        command[1:1] = launch
     else:
         environment["CUDA_VISIBLE_DEVICES"] = device
     log = out / f"{name}.log"
@@ -211,13 +229,12 @@ def run(out: Path, name: str, device: str | None, seconds: float) -> dict:
             problem = f"exit status {code}" if (code := process.wait(max(seconds, 0))) else ""
         except subprocess.TimeoutExpired:
             problem = f"not done after {seconds:.0f} s"
-            for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-                victim.kill()
-            process.wait()
+            stop(process)
     if not problem:
         return {}
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-    return {"error": "\n".join([problem, *lines[-30:]])}
+    own = list(takewhile(lambda line: "distributed/elastic/multiprocessing/api.py" not in line, lines))
+    return {"error": "\n".join([problem, *own[-30:]])}  # without what accelerate says of processes that have failed
 
 
 def read_training(folder: Path, save_steps: int) -> dict:
@@ -291,7 +308,10 @@ def compare(runs: dict) -> dict:
         ("answering", "answer_one", "answer_two", compare_answers),
     ):
         if one in good and other in good:
-            comparisons[key] = function(good[one], good[other])
+            try:
+                comparisons[key] = function(good[one], good[other])
+            except Exception as error:  # the other comparisons are worth having all the same
+                comparisons[key] = {"error": repr(error)}
             if other.endswith("two"):
                 speeds = [good[name]["tokens_per_second"] for name in (one, other)]
                 comparisons[key]["speedup"] = round(speeds[1] / speeds[0], 3)
@@ -326,7 +346,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="tasks to answer (128; tiny: 16)")
     parser.add_argument("--new-tokens", type=int, help="tokens of each answer (192; tiny: 24)")
     parser.add_argument("--limit", type=float, default=180, help="seconds for one run")
-    parser.add_argument("--minutes", type=float, default=7.5, help="for everything; runs beyond that are stopped")
+    parser.add_argument("--minutes", type=float, default=6.5, help="for everything; runs beyond that are stopped")
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = "tiny" if options.tiny else options.model
@@ -346,16 +366,19 @@ def measure(options: argparse.Namespace, shape: str) -> None:
     if not options.tiny and torch.cuda.device_count() < 2:
         sys.exit("two GPUs are needed; with --tiny none")
     started = time.time()
+    deadline = started + 60 * options.minutes
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # see `stop`
     out = options.out.resolve()
     (out / "model").mkdir(parents=True)
-    names = ("train_one", "answer_one", "train_two", "train_resumed", "answer_two")
+    names = ("train_one", "answer_one", "train_two", "answer_two", "train_resumed")
     again = [sys.executable, __file__, "--build", "--out", str(out), *sys.argv[1:]]
-    builder = subprocess.Popen(again, stdout=subprocess.DEVNULL)  # a process of its own, so that it frees the GPU
+    with (out / "build.log").open("w", encoding="utf-8") as log:
+        builder = subprocess.Popen(again, stdout=log, stderr=log)  # a process of its own, so that it frees the GPU
     write_data(out, options)
     with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(lambda name: prepare(out, name, options), names))
+        problems = dict(zip(names, pool.map(lambda name: prepare(out, name, options), names), strict=True))
     if builder.wait():
-        sys.exit("the checkpoint could not be built")
+        sys.exit(f"the checkpoint could not be built: {(out / 'build.log').read_text(encoding='utf-8')[-2000:]}")
     device = f"2 x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU, tiny model"
     packages = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
     results: dict = {"device": device, "shape": shape, "versions": {name: version(name) for name in packages}}
@@ -363,14 +386,16 @@ def measure(options: argparse.Namespace, shape: str) -> None:
 
     def measured(name: str, device: str | None) -> None:
         begun = time.time()
-        result = run(out, name, device, min(options.limit, started + 60 * options.minutes - begun))
         try:
+            if name == "train_resumed":
+                start_in_the_middle(out)
+            result = problems[name] or run(out, name, device, min(options.limit, deadline - begun))
             if not result and name.startswith("train"):
                 result = read_training(out / name, options.steps // 2)
             elif not result:
                 result = read_answers(out / name)
         except Exception as error:  # the other runs are worth having all the same
-            result = {"error": f"its results cannot be read: {error!r}"}
+            result = {"error": f"it cannot be started, or its results not be read: {error!r}"}
         results["runs"][name] = result | {"wall_seconds": round(time.time() - begun, 1)}
         results["comparisons"] = compare(results["runs"])
         (out / "two_gpus.json").write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -379,10 +404,9 @@ def measure(options: argparse.Namespace, shape: str) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(measured, ("train_one", "answer_one"), ("0", "1")))
     measured("train_two", None)
-    if "error" not in results["runs"]["train_two"]:
-        start_in_the_middle(out)
-        measured("train_resumed", None)
     measured("answer_two", None)
+    if "error" not in results["runs"]["train_two"]:
+        measured("train_resumed", None)
     print(f"\n{device}, shape {shape}, {date.today()}; {', '.join(f'{k} {v}' for k, v in results['versions'].items())}")
     print(f"{options.steps} steps of {STEP} texts, {options.tasks} tasks; {time.time() - started:.0f} s in all\n")
     print(table(results["runs"], results["comparisons"]))
