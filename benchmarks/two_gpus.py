@@ -198,11 +198,13 @@ def start_in_the_middle(out: Path) -> None:
 
 def stop(process: subprocess.Popen) -> None:
     """End a process and its children; each one first writes to its log where it stands."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    launcher = psutil.Process(process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
     for number, seconds in ((signal.SIGABRT, 5), (signal.SIGKILL, 20)):
         for victim in family:
             with suppress(psutil.NoSuchProcess):  # it has just ended by itself
                 victim.send_signal(number)
+            time.sleep(0.5)  # one after another: they write to the same log
         _, family = psutil.wait_procs(family, timeout=seconds)
 
 
@@ -226,7 +228,7 @@ def run(out: Path, name: str, device: str | None, seconds: float) -> dict:
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         try:
-            problem = f"exit status {code}" if (code := process.wait(max(seconds, 0))) else ""
+            problem = f"exit status {code}" if (code := process.wait(seconds)) else ""
         except subprocess.TimeoutExpired:
             problem = f"not done after {seconds:.0f} s"
             stop(process)
@@ -389,7 +391,7 @@ def measure(options: argparse.Namespace, shape: str) -> None:
         try:
             if name == "train_resumed":
                 start_in_the_middle(out)
-            result = problems[name] or run(out, name, device, min(options.limit, deadline - begun))
+            result = problems[name] or run(out, name, device, max(0, min(options.limit, deadline - begun)))
             if not result and name.startswith("train"):
                 result = read_training(out / name, options.steps // 2)
             elif not result:
