@@ -99,7 +99,12 @@ def install() -> None:
 
 
 def quiet_libraries() -> None:
-    """Turn off known notes of libraries that tell a reader nothing and fill the notebook; errors are not touched."""
+    """Turn off known notes of libraries that tell a reader nothing and fill the notebook; errors are not touched.
+
+    Of several processes (accelerate) only the first one prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: a text bar instead of a widget
     warnings.filterwarnings(
         "ignore", message=r"\s*\*+\s*RAGatouille WARNING"

@@ -1551,6 +1551,50 @@ def train_without_padding(model: Any, texts: Sequence[Sequence[int]]) -> bool:
     return not problem
 
 
+def even_rows(texts: Sequence[int], lengths: Sequence[int], texts_per_row: int) -> list[list[int]]:
+    """Deal `texts` (their numbers) out to rows of nearly the same length: the longest first, each to the shortest row.
+
+    `lengths[number]` is a text's length in tokens; no row gets more than `texts_per_row` texts.
+    """
+    rows: list[list[int]] = [[] for _ in range(-(-len(texts) // texts_per_row))]
+    for text in sorted(texts, key=lambda text: lengths[text], reverse=True):
+        open_rows = [row for row in rows if len(row) < texts_per_row]
+        min(open_rows, key=lambda row: sum(lengths[other] for other in row)).append(text)
+    return rows
+
+
+def deal_evenly(trainer: Any) -> None:
+    """Let every step of a training without padding have rows of nearly the same length (see `even_rows`).
+
+    The texts come in the random order of the trainer's seed, another one in each epoch; only where in its step a text
+    is trained is chosen, which changes no gradient but by rounding. So no row needs much more memory than the others,
+    and of several processes, which get the rows in turn, none waits for a longer row.
+    """
+    import torch
+
+    args, lengths = trainer.args, [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    texts_per_row = args.per_device_train_batch_size
+    texts_per_step = texts_per_row * args.gradient_accumulation_steps * args.world_size
+
+    class EvenRows(torch.utils.data.Sampler):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            generator = torch.Generator().manual_seed(args.seed + self.epoch)
+            order = torch.randperm(len(lengths), generator=generator).tolist()
+            for first in range(0, len(order), texts_per_step):
+                for row in even_rows(order[first : first + texts_per_step], lengths, texts_per_row):
+                    yield from row
+
+    trainer._get_train_sampler = lambda *_: EvenRows()
+
+
 def noise_as_with_padding(model: Any, alpha: float) -> None:
     """Make NEFTune's noise on a row without padding that of a padded batch of the same texts.
 
@@ -2823,11 +2867,22 @@ def compiled_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.specialize_float = True  # the cap is a constant of the kernel
+    # With several processes torch would look for places to split the kernel at its weights: it has none, and some
+    # versions of torch refuse to compile attention that way.
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(flex_attention, dynamic=True)
 
 
 def start_engine(engine: str) -> None:
-    """Import unsloth, if it is the engine, before the libraries that it patches."""
+    """Choose this process's GPU, and import unsloth, if it is the engine, before the libraries that it patches.
+
+    A process uses one GPU: of several processes (accelerate) each the one of its number, a single one the first. Left
+    to the libraries, a single process would spread the model over all GPUs, and one of several would put what is not
+    told its place (the retriever, recorded decoding steps) on the first.
+    """
+    number = os.environ.get("LOCAL_RANK")
+    if number is None:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if engine == "unsloth":
         # No usage statistics.
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -2840,6 +2895,11 @@ def start_engine(engine: str) -> None:
 
         torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
         import unsloth  # noqa: F401
+    if number is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(number))
 
 
 def load_tokenizer(name: str, revision: str = "") -> Any:

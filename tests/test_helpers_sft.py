@@ -1,7 +1,11 @@
 """Section 4 of helpers.py: training texts, chat template, resuming."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import run_cell
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
@@ -200,3 +204,43 @@ def test_control_tokens_in_a_text_stay_text():
     assert tokenizer.decode(ids[1:]) == text
     plain = "# 見出し\n\n<h1>題</h1>\t```python\nprint('あ')\n```\n"
     assert helpers.encode(tokenizer, plain).ids == tokenizer(plain)["input_ids"]
+
+
+def test_texts_of_a_step_are_dealt_out_to_even_rows():
+    lengths = torch.randint(20, 2000, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = helpers.even_rows(range(32), lengths, 8)
+    assert sorted(text for row in rows for text in row) == [*range(32)]
+    assert [len(row) for row in rows] == [8] * 4
+    sums = [sum(lengths[text] for text in row) for row in rows]
+    assert max(sums) < 1.05 * min(sums)
+    assert [len(row) for row in helpers.even_rows(range(3), lengths, 8)] == [3]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_even_rows_hold_every_text_once_in_each_epoch_whatever_the_number_of_processes(processes):
+    class Args:
+        seed, per_device_train_batch_size = 3407, 2
+        gradient_accumulation_steps, world_size = 4 // processes, processes
+
+    class Trainer:
+        args, train_dataset = Args, {"input_ids": [[0] * length for length in range(1, 101)]}
+
+    helpers.deal_evenly(Trainer)
+    sampler = Trainer._get_train_sampler(None)
+    epochs = [list(sampler)]
+    sampler.set_epoch(1)
+    epochs.append(list(sampler))
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(3407)).tolist()
+    assert sorted(epochs[0][:8]) == sorted(order[:8])  # the texts of a step are those of the random order
+    assert epochs[0] != epochs[1]
+    assert all(sorted(epoch) == [*range(100)] for epoch in epochs) and len(sampler) == 100
+
+
+@pytest.mark.parametrize(("processes", "tested"), [(1, 19), (2, 16), (4, 16), (8, 19)])
+def test_several_processes_test_whole_batches(processes, tested):
+    """transformers would fill the last one up with texts that have been counted already."""
+    arguments = SimpleNamespace(per_device_eval_batch_size=4, world_size=processes)
+    held_out = Dataset.from_dict({"input_ids": [[2, number] for number in range(19)]})
+    names = {"held_out": held_out, "training_args": arguments, "SFTTrainer": lambda **options: options}
+    names = run_cell("03_sft", "trainer", lm=None, tokenizer=None, train_dataset=None, **names)
+    assert len(names["trainer"]["eval_dataset"]) == tested

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -137,3 +138,19 @@ def test_an_adapter_without_one_of_its_tensors_stops_the_run(smoke, tmp_path):
     helpers.load_adapter(
         helpers.load_model(str(smoke / "quantized"), "transformers", max_seq_length=64)[0], str(smoke / "adapter")
     )
+
+
+@pytest.mark.parametrize(("number", "visible", "chosen"), [(None, "0", []), ("1", None, [1])])
+def test_a_process_uses_one_gpu(monkeypatch, number, visible, chosen):
+    """A single process sees the first alone; of several each takes its own, and accelerate has to see them all."""
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is set back after the test
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if number:
+        monkeypatch.setenv("LOCAL_RANK", number)
+    helpers.start_engine("transformers")
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+    assert taken == chosen

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -174,27 +175,40 @@ def test_killed_after_every_cell_it_ends_the_same(smoke, tmp_path, name):
 
 
 def run_in_processes(count, name, output_dir, smoke, **values):
-    """Run a notebook's code in several processes (gloo), as `accelerate launch` does on GPUs."""
+    """Run a notebook in one or several processes as the README says, on a CPU (gloo) and on any free port."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    prepared = papermill.execute_notebook(
-        ROOT / f"notebooks/{name}.ipynb", None, parameters(name, output_dir, smoke, **values), prepare_only=True
+    notebook, script = (str(output_dir / f"notebook.{suffix}") for suffix in ("ipynb", "py"))
+    papermill.execute_notebook(
+        ROOT / f"notebooks/{name}.ipynb", notebook, parameters(name, output_dir, smoke, **values), prepare_only=True
     )
-    script = output_dir / "script.py"
-    code = [cell.source for cell in nbformat.from_dict(prepared).cells if cell.cell_type == "code"]
-    script.write_text("\n\n".join(code), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = os.environ | {"MPLBACKEND": "agg"}
-    done = subprocess.run(
-        [*launch, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+    launch = [*launch, "--main_process_port", "0"] if count > 1 else []
+    # accelerate would call the CPU of several processes "cpu:0", to which torch cannot load a checkpoint.
+    environment = os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    for command in (["-m", "nbconvert", "--to", "python", notebook], [*launch, script]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_two_processes_train_like_one_with_twice_the_accumulation(smoke, tmp_path):
-    values = {"neftune_noise_alpha": 0, "max_steps": 6}
+    values = {"neftune_noise_alpha": 0, "max_steps": 6, "save_steps": 3, "eval_share": 0.045}  # 8 texts
     run_in_processes(1, "03_sft", tmp_path / "one", smoke, gradient_accumulation_steps=4, **values)
-    run_in_processes(2, "03_sft", tmp_path / "two", smoke, gradient_accumulation_steps=2, **values)
+    printed = run_in_processes(2, "03_sft", tmp_path / "two", smoke, gradient_accumulation_steps=2, **values)
+    assert printed.count("6 steps of 8 texts") == 1  # one process speaks for both
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    reports = [json.loads((tmp_path / name / "sft_metrics.json").read_text()) for name in ("one", "two")]
+    held_out = [[loss for _, loss in report["held_out"]] for report in reports]
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)  # a mean over rows, and over pairs of rows by tokens
+
+    # Two processes go on from the checkpoint in the middle.
+    left_out = shutil.ignore_patterns("checkpoint-6")
+    shutil.copytree(tmp_path / "two/checkpoints", tmp_path / "resumed/checkpoints", ignore=left_out)
+    printed = run_in_processes(2, "03_sft", tmp_path / "resumed", smoke, gradient_accumulation_steps=2, **values)
+    assert f"from {tmp_path}/resumed/checkpoints/checkpoint-3" in printed
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
 
 
 def test_two_processes_answer_like_one(smoke, tmp_path):
