@@ -2831,6 +2831,8 @@ def example_attention(
     tokens = query.shape[2]
     if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0):
         options = {"block_mask": example_mask(position_ids, sliding_window or tokens), "enable_gqa": True}
+        # Left to itself, torch takes another kernel for fewer than 128 tokens, which does not fit every model's heads.
+        options["kernel_options"] = {"BACKEND": "TRITON"}
         if softcap is not None:
             options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
         return compiled_attention()(query, key, value, scale=scaling, **options).transpose(1, 2), None

@@ -38,7 +38,7 @@ MEASURES = {
     "nll_tasks": ("reference of a task, nats per character", -1),
     "nll_held_out": ("answer of a held-out row, nats per character", -1),
     "loop": ("answers with a loop", -1),
-    "cut": ("answers cut at 256 tokens", -1),
+    "cut": ("answers cut at 192 tokens", -1),
     "japanese": ("share of Japanese", 1),
     "chrf": ("chrF", 1),
     "rouge_l": ("ROUGE-L", 1),
