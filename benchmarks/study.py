@@ -244,13 +244,14 @@ def collect(runner: Runner) -> pd.DataFrame:
 
 
 def differences(scores: pd.DataFrame, arm: str, against: str, measure: str) -> np.ndarray:
-    """`arm` minus `against`, paired: (seeds, tasks). A run without seeds of its own is compared with every seed."""
+    """`arm` minus `against`, paired: (seeds that both have, tasks). A run without seeds is paired with every seed."""
     name, _, part = measure.partition("_") if measure.startswith("nll") else (measure, "", "")
     chosen = scores[scores["task_id"].str.startswith({"tasks": "task", "held_out": "row"}.get(part, ""))]
     wide = [chosen[chosen["arm"] == a].pivot(index="seed", columns="task_id", values=name) for a in (arm, against)]
-    seeds = max(wide, key=len).index
-    first, second = (table.loc[seeds] if len(table) > 1 else table.loc[[*table.index] * len(seeds)] for table in wide)
-    found = first.to_numpy(float) - second[first.columns].to_numpy(float)
+    if "seeds" in ARMS[arm]:
+        wide[0] = wide[0].loc[[*wide[0].index] * len(wide[1])].set_axis(wide[1].index)
+    seeds = wide[0].index.intersection(wide[1].index)
+    found = (wide[0].loc[seeds] - wide[1].loc[seeds]).astype(float).to_numpy()
     return found[:, ~np.isnan(found).any(axis=0)]
 
 
@@ -270,7 +271,7 @@ def effect(found: np.ndarray, resamples: int = 99_999) -> dict[str, float]:
     low, high = np.percentile(means, [2.5, 97.5])
     same_sign = len(set(np.sign(found.mean(axis=1)))) == 1
     ends = {"difference": by_task.mean(), "low": low, "high": high}
-    return ends | {"p": float(p), "same_sign": same_sign, "tasks": tasks}
+    return ends | {"p": float(p), "same_sign": same_sign, "seeds": seeds, "tasks": tasks}
 
 
 def holm(p: pd.Series) -> pd.Series:
@@ -287,11 +288,12 @@ def effects(scores: pd.DataFrame) -> pd.DataFrame:
         if arm not in ("base", "the same again") and {arm, against} <= there:
             for measure in MEASURES:
                 found = differences(scores, arm, against, measure)
-                rows.append({"arm": arm, "against": against, "measure": measure} | effect(found))
+                if found.any():  # the same model gives the same likelihood, however it answers
+                    rows.append({"arm": arm, "against": against, "measure": measure} | effect(found))
     table = pd.DataFrame(rows)
     table["p_corrected"] = holm(table["p"])
     better = np.sign(table["difference"]) * table["measure"].map(lambda name: MEASURES[name][1])
-    clear = (table["p_corrected"] < 0.05) & table["same_sign"]
+    clear = (table["p_corrected"] < 0.05) & table["same_sign"] & (table["seeds"] >= len(SEEDS))
     table["verdict"] = np.where(clear, np.where(better > 0, "better", "worse"), UNTOLD)
     return table
 
