@@ -122,6 +122,8 @@ def train_on_preferences(args: argparse.Namespace) -> dict[str, Any]:
     sampled = time.perf_counter()
     trainer = make_trainer(model, tokenizer, pairs, args.out, args.seed)
     trainer.train()
+    if not all(parameter.isfinite().all() for parameter in trainer.model.parameters() if parameter.requires_grad):
+        raise helpers.RecipeError("the training has diverged to nan: another seed or a smaller learning_rate")
     seconds = {"sampling": round(sampled - started, 1), "training": round(time.perf_counter() - sampled, 1)}
     lm, adapter = trainer.model.to(model.dtype), args.out / "adapter"
     lm.peft_config["default"].target_modules = sorted(lm.peft_config["default"].target_modules)  # always in one order

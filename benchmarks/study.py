@@ -43,8 +43,8 @@ MEASURES = {
     "chrf": ("chrF", 1),
     "rouge_l": ("ROUGE-L", 1),
 }
-COLUMNS = ["arm", "seed", "task_id", "nll", "chrf", "rouge_l", "japanese", "repeated", "loop", "cut", "characters"]
-DIGITS = {"nll": 4, "chrf": 2, "rouge_l": 2, "japanese": 4, "repeated": 4}
+COLUMNS = ["arm", "seed", "task_id", "nll", "chrf", "rouge_l", "japanese", "loop", "cut"]
+DIGITS = {"nll": 4, "chrf": 2, "rouge_l": 2, "japanese": 4}
 UNTOLD = "cannot be told from noise"
 
 
@@ -255,7 +255,7 @@ def differences(scores: pd.DataFrame, arm: str, against: str, measure: str) -> n
     return found[:, ~np.isnan(found).any(axis=0)]
 
 
-def effect(found: np.ndarray, resamples: int = 99_999) -> dict[str, float]:
+def effect(found: np.ndarray, resamples: int = 29_999) -> dict[str, float]:
     """Mean difference, its 95 % interval and a p-value for differences (seeds, tasks).
 
     The interval is a bootstrap over seeds and tasks; p comes from a sign-flip test of the tasks' means over the seeds.
@@ -310,35 +310,42 @@ def markdown(table: pd.DataFrame, scores: pd.DataFrame) -> str:
         means.append(f"{base[base['task_id'].str.startswith(part)][name].mean():.3g}")
     lines.append(["base itself", "", *means])
     for (arm, against), part in table.groupby(["arm", "against"], sort=False):
-        cells = []
+        cells = dict.fromkeys(MEASURES, "")  # empty: cannot differ
         for row in part.itertuples():
             text = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-            cells.append(text if row.verdict == UNTOLD else f"**{text}** {row.verdict}")
-        lines.append([arm, against, *cells])
+            cells[row.measure] = text if row.verdict == UNTOLD else f"**{text}** {row.verdict}"
+        seeds = "" if part["seeds"].min() >= len(SEEDS) else f" ({part['seeds'].min()} seeds: no claim)"
+        lines.append([arm + seeds, against, *cells.values()])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def plot(table: pd.DataFrame) -> object:
-    """A matplotlib figure: one panel per measure, one line per arm; what is clear is filled."""
+    """A matplotlib figure: a panel per measure, a line per arm; what is clear is filled, and empty is what cannot differ.
+
+    The model without fine-tuning is left out: it lies so far away that nothing else could be seen.
+    """
     from matplotlib.figure import Figure
 
-    shown = ["nll_tasks", "nll_held_out", "loop", "cut", "chrf"]
-    arms = list(dict.fromkeys(table["arm"]))
-    partner = dict(zip(table["arm"], table["against"], strict=True))
-    figure = Figure(figsize=(15, 0.6 + 0.3 * len(arms)), layout="constrained")
+    shown = ["nll_tasks", "nll_held_out", "loop", "chrf"]
+    partner = table[table["arm"] != "no fine-tuning"].groupby("arm", sort=False)[["against", "seeds"]].first()
+    names = []
+    for row in partner.itertuples():
+        few = "" if row.seeds >= len(SEEDS) else f", {row.seeds} seeds"
+        names.append(f"{row.Index}{few}" if row.against == "base" else f"{row.Index}{few}\n(against {row.against})")
+    figure = Figure(figsize=(12, 0.6 + 0.34 * len(names)), layout="constrained")
     for axis, measure in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
-        part = table[table["measure"] == measure].set_index("arm").loc[arms]
+        part = table[table["measure"] == measure].set_index("arm").reindex(partner.index)
         for place, row in enumerate(part.itertuples()):
             color = {"better": "tab:green", "worse": "tab:red"}.get(row.verdict, "0.55")
             axis.hlines(place, row.low, row.high, color=color)
             axis.plot(row.difference, place, "o", color=color, markerfacecolor=color if color[0] == "t" else "white")
         axis.axvline(0, color="0.8", zorder=0)
         text, direction = MEASURES[measure]
-        axis.set_title(text, fontsize=9)
+        axis.set_title(text.replace(", ", ",\n"), fontsize=9)
         axis.set_xlabel("difference; " + ("left is better" if direction < 0 else "right is better"), fontsize=8)
-        names = [arm if partner[arm] == "base" else f"{arm}\n(against {partner[arm]})" for arm in arms]
-        axis.set_yticks(range(len(arms)), names, fontsize=8)
-        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 

@@ -13,7 +13,8 @@ from papermill.exceptions import PapermillExecutionError
 import helpers
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-RUN_FILES = sorted((ROOT / "data" / "runs").rglob("*.yaml"))
+# study/parts.yaml is the list of benchmarks/study.py.
+RUN_FILES = sorted(file for file in (ROOT / "data" / "runs").rglob("*.yaml") if file.stem != "parts")
 
 
 def cells(path):
