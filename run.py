@@ -27,6 +27,7 @@ def execute(source: Path, executed: Path, parameters: dict) -> float:
     target = str(executed).replace("{", "{{").replace("}", "}}")  # papermill fills in parameters
     try:
         options = {"extra_arguments": ["--log-level=50"], "coalesce_streams": True}  # a progress bar stays one line
+        options["start_timeout"] = 600  # seconds; a kernel starts slowly on a busy machine
         return papermill.execute_notebook(source, target, parameters, **options).metadata.papermill.duration
     except (papermill.PapermillExecutionError, RuntimeError) as error:  # a dead kernel is a RuntimeError
         kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))

@@ -320,7 +320,7 @@ def markdown(table: pd.DataFrame, scores: pd.DataFrame) -> str:
 
 
 def plot(table: pd.DataFrame) -> object:
-    """A matplotlib figure: a panel per measure, a line per arm; what is clear is filled, and empty is what cannot differ.
+    """A matplotlib figure: a panel per measure, a line per arm; what is clear is filled, what cannot differ is empty.
 
     The model without fine-tuning is left out: it lies so far away that nothing else could be seen.
     """

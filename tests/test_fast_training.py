@@ -116,6 +116,25 @@ def test_rows_on_a_gpu_give_the_loss_and_gradients_of_the_cpu(family):
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("heads, key_heads, width", [(4, 1, 256), (8, 4, 128)])  # Gemma 3 270M, a larger one
+def test_rows_of_any_length_on_a_gpu_give_the_attention_of_the_cpu(heads, key_heads, width, softcap):
+    for lengths in ([1], [5], [100], [127], [128], [9, 60], [150, 9, 170]):
+        tokens, draw = sum(lengths), torch.Generator().manual_seed(0)
+        states = [torch.randn(1, n, tokens, width, generator=draw) for n in (heads, key_heads, key_heads)]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        found = [attention_of(states, positions, softcap, device) for device in ("cpu", "cuda")]
+        torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+
+
+def attention_of(states, positions, softcap, device):
+    query, key, value = (state.to(device) for state in states)
+    options = {"scaling": query.shape[3] ** -0.5, "softcap": softcap, "sliding_window": 64}
+    options |= {"position_ids": positions.to(device)}
+    return helpers.example_attention(None, query, key, value, None, **options)[0].cpu()
+
+
 def test_adapter_in_place_can_be_switched_off():
     model = adapted(gemma2())
     randomize_b(model)
