@@ -248,10 +248,11 @@ def differences(scores: pd.DataFrame, arm: str, against: str, measure: str) -> n
     name, _, part = measure.partition("_") if measure.startswith("nll") else (measure, "", "")
     chosen = scores[scores["task_id"].str.startswith({"tasks": "task", "held_out": "row"}.get(part, ""))]
     wide = [chosen[chosen["arm"] == a].pivot(index="seed", columns="task_id", values=name) for a in (arm, against)]
+    wide = [table.astype(float) for table in wide]
     if "seeds" in ARMS[arm]:
         wide[0] = wide[0].loc[[*wide[0].index] * len(wide[1])].set_axis(wide[1].index)
     seeds = wide[0].index.intersection(wide[1].index)
-    found = (wide[0].loc[seeds] - wide[1].loc[seeds]).astype(float).to_numpy()
+    found = (wide[0].loc[seeds] - wide[1].loc[seeds]).to_numpy()
     return found[:, ~np.isnan(found).any(axis=0)]
 
 
