@@ -32,6 +32,7 @@ from run_file import read_notebook  # noqa: E402
 
 STUDY = yaml.safe_load((ROOT / "data/runs/study/parts.yaml").read_text(encoding="utf-8"))
 ARMS, SEEDS = STUDY["arms"], STUDY["seeds"]
+MAGPIE = "llm-jp/magpie-sft-v1.0"
 OWN_WORDS = ("rows", "examples", "model", "preferences", "against", "seeds")
 # Columns of the table: what is measured, how it is shown, and its better direction.
 MEASURES = {
@@ -61,7 +62,9 @@ def prepare(args: argparse.Namespace) -> None:
     kept = {}
     for name, file in files.items():
         folder = args.out / "filter" / name
-        settings = [f"output_dir={folder}", f"dataset={args.dataset}", "dataset_revision=", f"rules={file}"]
+        settings = [f"output_dir={folder}", f"rules={file}"]
+        if args.dataset != MAGPIE:  # the notebook has a pinned revision of it
+            settings += [f"dataset={args.dataset}", "dataset_revision="]
         run_series("02", [*settings, "02_filter_magpie.allow_licences=unknown"], folder / "log.txt", {})
         kept[name] = {row["id"]: row for row in helpers.load_rows(folder / "filtered_magpie.jsonl")}
     if (args.out / "tasks.jsonl").is_file():  # written last
@@ -365,7 +368,7 @@ def report(scores: pd.DataFrame, folder: Path, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="llm-jp/magpie-sft-v1.0", help="rows to filter and to train on")
+    parser.add_argument("--dataset", default=MAGPIE, help="rows to filter and to train on")
     parser.add_argument("--tasks", default="elyza/ELYZA-tasks-100", help="tasks with references")
     parser.add_argument("--qa", default="tomo1222/Japanese-QA111dataset", help="pairs, also the examples")
     parser.add_argument("--model", default="models/gemma-3-270m", help="`make models/gemma-3-270m/tokenizer.json`")
