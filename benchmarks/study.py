@@ -63,7 +63,7 @@ def prepare(args: argparse.Namespace) -> None:
     for name, file in files.items():
         folder = args.out / "filter" / name
         settings = [f"output_dir={folder}", f"rules={file}"]
-        if args.dataset != MAGPIE:  # the notebook has a pinned revision of it
+        if args.dataset != MAGPIE:  # else at the notebook's own revision
             settings += [f"dataset={args.dataset}", "dataset_revision="]
         run_series("02", [*settings, "02_filter_magpie.allow_licences=unknown"], folder / "log.txt", {})
         kept[name] = {row["id"]: row for row in helpers.load_rows(folder / "filtered_magpie.jsonl")}
