@@ -118,12 +118,16 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
 
     Parquet and arrays are known by their first bytes, CSV and TSV by their names (`.csv.gz` is one, too).
     """
+    from pyarrow import ArrowException, parquet
+
     table = re.search(r"\.(csv|tsv)\b", path.name.lower())
     try:
         with open_packed(path) as file:
             head = file.peek(64)[:64]
             if head.startswith(b"PAR1"):
-                rows = read_parquet(path)
+                from datasets import Dataset
+
+                rows = Dataset(parquet.read_table(path)).to_list()  # turns columns stored as JSON text into values
             elif table:
                 rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), ",\t"[table[1] == "tsv"])
             elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -135,21 +139,12 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
                         yield place, parse_json(place, head, line)
                 return
         yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
+    except RecipeError:
+        raise
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text; {advise(head, error.object)}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, with the columns that `datasets` stores as JSON text turned back into values."""
-    from datasets import Dataset
-    from pyarrow import ArrowException, parquet
-
-    try:
-        return Dataset(parquet.read_table(path)).to_list()
-    except (ArrowException, ValueError) as error:
-        raise RecipeError(f"{path}: the file cannot be read ({first_line(error)}); fetch or write it again") from None
+    except (OSError, ArrowException, ValueError) as error:  # half a file
+        raise RecipeError(f"{path}: cannot be read ({first_line(error)}); fetch it again or write it anew") from None
 
 
 def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
