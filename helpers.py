@@ -1089,13 +1089,10 @@ def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str
         texts[field] = rules.normal(content)
         if len(texts) == 2 and not rules.all_turns:
             break  # as in 2024, which never looks at what follows
-    problems = [
-        ("empty" if field in texts else "missing turn", field, "")
-        for field in ("response", "instruction")
-        if not texts.get(field, "").strip()
-    ]
+    blank = [field for field in ("response", "instruction") if not texts.get(field, "").strip()]
+    problem = ("empty" if blank[0] in texts else "missing turn", blank[0], "") if blank else None
     first = {field: texts.pop(field, "") for field in ("instruction", "response")}
-    return first | texts, problems[0] if problems else None
+    return first | texts, problem
 
 
 def count_characters(texts_of_rows: Iterable[Mapping[str, str]], rules: FilterRules) -> np.ndarray:
