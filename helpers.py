@@ -999,10 +999,9 @@ class FilterRules:
         object.__setattr__(self, "replacements", pairs)
         object.__setattr__(self, "ng", tuple(map(self.composed, self.ng)))
 
-    @property
-    def rare_after(self) -> int:
-        """The limit of the second count; `rare_share` takes the place of both counts."""
-        return 0 if self.rare_share else self.rare_after_below
+    def limits(self, rows: int) -> tuple[float, float]:
+        """The counts below which a character is rare: among all `rows` rows, and among those that passed."""
+        return (self.rare_share * rows, 0) if self.rare_share else (self.rare_below, self.rare_after_below)
 
     @cached_property
     def any_key(self) -> re.Pattern:
@@ -1115,11 +1114,6 @@ def _code_points(text: str) -> np.ndarray:
 def rare_characters(counts: np.ndarray, limit: float) -> str:
     """The characters that occur, but fewer times than `limit`, in the order of their code points."""
     return "".join(map(chr, np.flatnonzero((counts > 0) & (counts < limit)).tolist()))
-
-
-def first_limit(rows: int, rules: FilterRules) -> float:
-    """The count below which a character is rare among `rows` rows."""
-    return rules.rare_share * rows if rules.rare_share else rules.rare_below
 
 
 def replace_strings(text: str, rules: FilterRules) -> str:
@@ -1262,14 +1256,14 @@ def filter_rows(
     """The rows kept (see `written_row`), those dropped (see `dropped_record`), and the report."""
     from tqdm import tqdm
 
-    began = time.perf_counter()
+    began, (limit, limit_after) = time.perf_counter(), rules.limits(len(rows))
     read = [row_texts(row, rules) for row in rows]
     counts = count_characters((texts for texts, _ in read), rules)
-    rare = rare_characters(counts, first_limit(len(rows), rules))
+    rare = rare_characters(counts, limit)
     passed, dropped, hits = judge_rows(tqdm(rows, "filter", unit=" rows", mininterval=1), read, rules, rare)
 
     counts_after = count_characters((texts for _, _, texts in passed), rules)
-    rare_after = rare_characters(counts_after, rules.rare_after)
+    rare_after = rare_characters(counts_after, limit_after)
     passed, late = drop_rare_afterwards(passed, rare_after)
     kept = [written_row(row, texts, rules) for _, row, texts in passed]
     dropped = sorted(dropped + late, key=lambda record: record["number"])
