@@ -104,25 +104,18 @@ def parse_json(where: str, head: bytes, text: bytes) -> Any:
         raise RecipeError(f"{where}: nested too deeply to be read; delete the column or the line") from None
 
 
-def open_packed(path: Path) -> IO[bytes]:
-    """Open a file for reading bytes; gzip and zstd are unpacked, whatever the file is called."""
-    import pyarrow
-
-    with open(path, "rb") as file:
-        packed = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packed), 2**20)
-
-
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield each row of a file (see `load_rows`) with its place ("rows.jsonl, line 7"); RecipeError names the place.
 
-    Parquet and arrays are known by their first bytes, CSV and TSV by their names (`.csv.gz` is one, too).
+    Packed files, Parquet and arrays are known by their first bytes, CSV and TSV by their names (also `.csv.gz`).
     """
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, input_stream, parquet
 
     table = re.search(r"\.(csv|tsv)\b", path.name.lower())
     try:
-        with open_packed(path) as file:
+        with open(path, "rb") as file:
+            packed = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
+        with io.BufferedReader(input_stream(str(path), compression=packed), 2**20) as file:
             head = file.peek(64)[:64]
             if head.startswith(b"PAR1"):
                 from datasets import Dataset
