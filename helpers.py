@@ -60,7 +60,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector, which walks through all rows in memory again and again and finds nothing."""
+    """Pause Python's garbage collector, which searches all rows in memory again and again and finds nothing."""
     gc.disable()
     try:
         yield
@@ -68,28 +68,22 @@ def collector_paused() -> Iterator[None]:
         gc.enable()
 
 
-# Reading data. A row is a dictionary with the columns of a data set; the forms that it may have are described below.
-
 # The first bytes of files that are often taken for JSON Lines, and what to do about them.
 NOT_ROWS = {
-    b"\xff\xfe": "it is UTF-16 text; save it as UTF-8",
-    b"\xfe\xff": "it is UTF-16 text; save it as UTF-8",
-    b"{\0": "it is UTF-16 text; save it as UTF-8",
-    b"[\0": "it is UTF-16 text; save it as UTF-8",
-    b"PK\x03\x04": "it is a zip archive or an Excel file; unpack it, or save the table as CSV",
-    b"BZh": "it is compressed with bzip2; unpack it",
-    b"\xfd7zXZ": "it is compressed with xz; unpack it",
-    b"version https://git-lfs": "it is only the Git LFS pointer to a file; run `git lfs pull`",
-    b"<": "it is a web page or XML; fetch the file itself",
-    b"{\n": "one JSON object over several lines; write one object per line, or a list of objects",
-    b"{\r": "one JSON object over several lines; write one object per line, or a list of objects",
+    (b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0"): "it is UTF-16 text; save it as UTF-8",
+    (b"PK\x03\x04",): "it is a zip archive or an Excel file; unpack it, or save the table as CSV",
+    (b"BZh", b"\xfd7zXZ"): "it is compressed with bzip2 or xz; unpack it",
+    (b"version https://git-lfs",): "it is only the Git LFS pointer to a file; run `git lfs pull`",
+    (b"<",): "it is a web page or XML; fetch the file itself",
+    (b"{\n", b"{\r"): "one JSON object over several lines; write one object per line, or a list of objects",
 }
 
 
 def advise(head: bytes, line: bytes) -> str:
     """What a file that begins with `head`, and whose `line` cannot be read as UTF-8 JSON, seems to be; what to do."""
-    if advice := next((advice for magic, advice in NOT_ROWS.items() if head.startswith(magic)), ""):
-        return advice
+    for first_bytes, advice in NOT_ROWS.items():
+        if head.startswith(first_bytes):
+            return advice
     with suppress(UnicodeDecodeError):
         line.decode()
         return "correct or delete the line"
@@ -110,27 +104,23 @@ def parse_json(where: str, head: bytes, text: bytes) -> Any:
         raise RecipeError(f"{where}: nested too deeply to be read; delete the column or the line") from None
 
 
-def open_packed(path: Path) -> IO[bytes]:
-    """Open a file for reading bytes; gzip and zstd are unpacked, whatever the file is called."""
-    import pyarrow
-
-    with open(path, "rb") as file:
-        packed = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packed), 2**20)
-
-
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each row of a file with its place ("rows.jsonl, line 7"): Parquet, CSV, TSV, a JSON array or JSON Lines.
+    """Yield each row of a file (see `load_rows`) with its place ("rows.jsonl, line 7"); RecipeError names the place.
 
-    Parquet and arrays are known by their first bytes, CSV and TSV by their names (`.csv.gz` is one, too). Raises
-    RecipeError that names the place for what cannot be read.
+    Packed files, Parquet and arrays are known by their first bytes, CSV and TSV by their names (also `.csv.gz`).
     """
+    from pyarrow import ArrowException, input_stream, parquet
+
     table = re.search(r"\.(csv|tsv)\b", path.name.lower())
     try:
-        with open_packed(path) as file:
+        with open(path, "rb") as file:
+            packed = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
+        with io.BufferedReader(input_stream(str(path), compression=packed), 2**20) as file:
             head = file.peek(64)[:64]
             if head.startswith(b"PAR1"):
-                rows = read_parquet(path)
+                from datasets import Dataset
+
+                rows = Dataset(parquet.read_table(path)).to_list()  # turns columns stored as JSON text into values
             elif table:
                 rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), ",\t"[table[1] == "tsv"])
             elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -142,21 +132,12 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
                         yield place, parse_json(place, head, line)
                 return
         yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
+    except RecipeError:
+        raise
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text; {advise(head, error.object)}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, with the columns that `datasets` stores as JSON text turned back into values."""
-    from datasets import Dataset
-    from pyarrow import ArrowException, parquet
-
-    try:
-        return Dataset(parquet.read_table(path)).to_list()
-    except (ArrowException, ValueError) as error:
-        raise RecipeError(f"{path}: the file cannot be read ({first_line(error)}); fetch or write it again") from None
+    except (OSError, ArrowException, ValueError) as error:  # half a file
+        raise RecipeError(f"{path}: cannot be read ({first_line(error)}); fetch it again or write it anew") from None
 
 
 def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
@@ -181,9 +162,7 @@ def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
 
 
 def data_files(name: str, revision: str = "") -> list[Path]:
-    """The files of a data set: `name` itself, or those of the split "train" (or else of the first split) of a folder or
-    hub repository, which is fetched at the commit, tag or branch `revision`.
-    """
+    """The files of a data set: `name` itself, or the split "train" (else the first) of a folder or hub repository."""
     path = Path(name)
     if path.is_file():
         return [path]
@@ -211,7 +190,7 @@ def data_files(name: str, revision: str = "") -> list[Path]:
 
 
 def read_rows(name: str, revision: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row of a data set with its place (see `data_files` and `read_file`); RecipeError if there is none."""
+    """Yield each row of a data set with its place; RecipeError if there is none."""
     row = None
     for path in data_files(name, revision):
         for place, row in read_file(path):
@@ -225,9 +204,8 @@ def read_rows(name: str, revision: str = "") -> Iterator[tuple[str, dict[str, An
 @collector_paused()
 def load_rows(name: str | Path, revision: str = "", max_rows: int = 0) -> list[dict[str, Any]]:
     """Rows of a data set: a file (JSON Lines, JSON array, CSV, TSV or Parquet, also packed with gzip or zstd), a folder
-    of such files, or a hub repository at the commit, tag or branch `revision`. `max_rows` 0 means all rows.
-
-    Raises RecipeError naming the file and the line or row for anything that cannot be read, and for an empty data set.
+    of such files, or a hub repository at the commit, tag or branch `revision`. `max_rows` 0 means all rows. RecipeError
+    names the file and the line or row that cannot be read; an empty data set is an error, too.
     """
     return [row for _, row in islice(read_rows(str(name), revision), max_rows or None)]
 
@@ -246,7 +224,7 @@ KNOWN_FORMS = (
 
 
 def read_turn(turn: Any) -> Any:
-    """A turn with the keys role ("user", "assistant" or others) and content, whatever they are called in it."""
+    """A turn with the keys role ("user", "assistant" or others) and content, whatever it calls them."""
     if not isinstance(turn, dict) or turn.get("role") in ("user", "assistant"):
         return turn
     names = {} if "role" in turn else {"from": "role", "value": "content"}
@@ -264,8 +242,7 @@ def has_role(turn: Any) -> bool:
 def read_form(row: Mapping[str, Any], columns_first: bool = False) -> tuple[tuple[str, ...], list[Any]]:
     """The columns of a row that hold its texts, and its turns (see `read_turn`); ((), []) if the form is unknown.
 
-    Where a row has both a list of turns and columns with question and answer, the list is taken, or with
-    `columns_first` the columns.
+    Of a list of turns and columns with question and answer the list is taken, or with `columns_first` the columns.
     """
     chat: tuple[tuple[str, ...], list[Any]] = (), []
     for name in CHATS:
@@ -304,8 +281,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_text(where: str, value: Any, or_number: bool = False) -> str:
-    """The text `value`, with `or_number` also the digits of a number; RecipeError, beginning with `where`, if it is
-    something else or holds half a surrogate pair."""
+    """The text `value`, or with `or_number` a number's digits; RecipeError (beginning with `where`) for all else."""
     if or_number and is_number(value):
         return str(value)
     if not isinstance(value, str):
@@ -323,7 +299,7 @@ def read_pair(
 ) -> tuple[str, str, Any]:
     """The form of a row, its first question and its first answer, which without `need_answer` is returned as it is.
 
-    Raises RecipeError, beginning with `place`, for a row of unknown form and for a question or answer that is no text.
+    RecipeError, beginning with `place`, for an unknown form and for a question or answer that is no text.
     """
     columns, turns = read_form(row, columns_first)
     form = ", ".join(columns)
@@ -345,10 +321,9 @@ def read_pair(
 
 @collector_paused()
 def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
-    """Questions and answers of a data set in any known form, as rows (input, output); prints which forms were read.
+    """The first question and answer of each row of a data set, as rows (input, output); prints which forms were read.
 
-    Of a conversation the first question and the first answer are taken. Raises RecipeError naming file, row and column
-    where one of them is missing or no text; a number as an answer becomes its digits.
+    RecipeError names file, row and column where one is missing or no text; a number as an answer becomes its digits.
     """
     pairs = [read_pair(place, row) for place, row in read_rows(name, revision)]
     print_forms(name, Counter(form for form, _, _ in pairs))
@@ -387,13 +362,11 @@ def show(table: Any, longest: int = 200) -> Any:
 
 @contextmanager
 def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
-    """Open `path` for writing so that the file appears only when complete (written beside, then renamed).
-
-    UTF-8 text, in which half a surrogate pair becomes its `\\u` escape, or bytes with `binary`.
-    """
+    """Open `path` for writing UTF-8 text, or bytes with `binary`; the file appears only when it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    # Half a surrogate pair, which UTF-8 cannot hold, becomes its \u escape: that is valid JSON.
     text = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     with open(part, "wb" if binary else "w", 2**20, **text) as file:
         yield file
@@ -413,10 +386,7 @@ _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_v
 
 
 def json_text(row: Any) -> str:
-    """A value as JSON on one line, as `json.dumps(row, ensure_ascii=False)` gives it; always valid JSON.
-
-    NaN and infinity, which JSON does not have, become null; bytes become base64, dates and decimals their text.
-    """
+    """A value as valid JSON on one line: NaN and infinity become null, bytes base64, dates and decimals their text."""
     try:
         return _to_json(row)
     except ValueError:
@@ -443,9 +413,9 @@ def sha256_file(path: str | Path) -> str:
 
 
 def get_secret(name: str, seconds: float = 60) -> str:
-    """A secret by name: from the environment, else from Colab's secrets (the key symbol at the left), else "".
+    """A secret from the environment, else from Colab's secrets (the key symbol at the left), else "".
 
-    Colab asks the open browser tab and waits for ever if there is none, so it gets at most `seconds`.
+    Colab asks the open browser tab and never stops waiting if there is none, so it gets at most `seconds`.
     """
     if os.environ.get(name):
         return os.environ[name]
@@ -481,9 +451,8 @@ def hub_token(hub_repo: str) -> str:
 
 
 def wandb_mode(key: str) -> str:
-    """The value for WANDB_MODE: "online" if wandb takes the key, "offline" without a key or network.
-
-    Asked here, because wandb itself waits for minutes. Raises RecipeError for a key that wandb refuses.
+    """The value for WANDB_MODE: "online" if wandb takes the key, "offline" without a key or network (wandb itself would
+    wait for minutes). RecipeError for a key that wandb refuses.
     """
     import requests
 
@@ -510,8 +479,8 @@ OWN_DATA = "your own (local file)"
 
 
 def check_licences(inputs: Mapping[str, Any], also_allowed: str = "") -> None:
-    """Raise RecipeError if a data set at the bottom of `inputs` has a licence that is neither in ALLOWED_LICENCES nor
-    in `also_allowed` (identifiers with commas between; "unknown" stands for a card that names none).
+    """RecipeError if a data set at the bottom of `inputs` has a licence that is neither in ALLOWED_LICENCES nor in
+    `also_allowed` (identifiers with commas between; "unknown" stands for a card that names none).
     """
     allowed = [*ALLOWED_LICENCES, OWN_DATA, *(part.strip().lower() for part in also_allowed.split(","))]
     for role, source in origins(inputs).items():
@@ -541,10 +510,9 @@ def record_path(product: str | Path) -> Path:
 
 
 def hash_files(product: str | Path) -> dict[str, str]:
-    """SHA-256 of a file, or of every file below a folder, by path relative to it.
+    """SHA-256 of a file, or of every file below a folder, by relative path.
 
-    Of a folder, records and cards are left out, and what is no part of it: hidden files, the litter of systems, and
-    files that were not written to their end.
+    Left out are records and cards, hidden files, the litter of systems, and files not written to their end.
     """
     product = Path(product)
     if product.is_file():
@@ -584,10 +552,7 @@ def write_record(product: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(product: str | Path, path: str | Path = "") -> dict[str, Any]:
-    """The record of a local folder or file, or at `path`; {} if there is none, or it is damaged or has another form.
-
-    The record of something unfinished has no `files`.
-    """
+    """The record of a local folder or file, or at `path`; {} if there is none, or it is damaged or has another form."""
     try:
         record = json.loads(Path(path or record_path(product)).read_text(encoding="utf-8"))
         whole = {"stage", "inputs", "settings", "versions"} <= record.keys() and are_sources(record["inputs"])
@@ -603,7 +568,7 @@ def are_sources(inputs: Mapping[str, Any]) -> bool:
 
 
 def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
-    """The first file of a folder that is not as its record says, such as "weights was changed"; "" if all are."""
+    """The first file that is not as its record says, such as "weights was changed"; "" if all are."""
     recorded, found = record["files"], hash_files(product)
     for name in sorted(recorded.keys() | found.keys()):
         if recorded.get(name) != found.get(name):
@@ -612,10 +577,9 @@ def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
 
 
 def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
-    """The record of a local folder or file; {} if there is none, which is an error if it must be `finished`.
+    """The record of a local folder or file; {} if there is none, unless it must be `finished`.
 
-    Raises RecipeError that names the first file that is missing, was added, or holds other bytes than were recorded,
-    or says that the record is damaged or was only begun.
+    RecipeError if a file is missing, was added or changed, or if the record is damaged or was only begun.
     """
     record, path = read_record(product), record_path(product)
     own = f" (or, if what lies there is meant, delete {path} and name {product} in the parameters)"
@@ -634,8 +598,7 @@ def check_files(product: str | Path, finished: bool = False) -> dict[str, Any]:
 def data_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
     """The source (see Records) of a data set: a local file or folder, which counts as your own, or a hub data set.
 
-    Raises RecipeError for a hub data set whose card cannot be read, for a file of this series that was changed
-    afterwards, and, if it must be `finished`, for one without a record.
+    RecipeError for a hub data set whose card cannot be read, and what `check_files` raises.
     """
     if finished or Path(name).exists():
         return _source(name, "", check_files(name, finished), {"licence": OWN_DATA})
@@ -653,9 +616,8 @@ def data_source(name: str, revision: str = "", finished: bool = False) -> dict[s
 
 
 def model_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
-    """The source (see Records) of a model or adapter: a local folder, whose files are checked, or a hub repository.
-
-    If it must be `finished`, it is a folder that an earlier notebook wrote, and has a record.
+    """The source (see Records) of a model or adapter: a hub repository, or a local folder (always, if it must be
+    `finished`), whose files `check_files` checks.
     """
     commit = "" if finished else find_model(name, revision)
     record = hub_record(name, commit) if commit else check_files(name, finished)
@@ -680,8 +642,8 @@ def hub_record(name: str, commit: str, file: str = "record.json", kind: str = "m
 
 
 def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
-    """The licence that a card names: `licence` (several with ", " between), and of one that the hub has no name for
-    also `licence_name` and `licence_link`. {} if there is no card that can be read, or it names none.
+    """The licence that a card names: `licence` (several with ", " between), and for one that the hub does not know
+    `licence_name` and `licence_link`; {} without one.
     """
     import yaml
     from huggingface_hub import hf_hub_download, metadata_load
@@ -710,7 +672,7 @@ def rows_source(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def origins(inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sources at the bottom of a record's inputs: published weights and data, which this series did not make."""
+    """The sources at the bottom of a record's inputs: published weights and data."""
     found: dict[str, dict[str, Any]] = {}
     for role, source in inputs.items():
         found |= origins(source["inputs"]) or {role: source}
@@ -740,8 +702,8 @@ NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
 ANY_TEXT = Text(r".*", "text on one line")
 MANY, SWITCH = 10**9, [True, False]
 
-# What each parameter of the notebooks may be: text, a whole number of a range, a real number from a smallest to a
-# largest value, or a choice from a list. The upper limits are there for slips of the hand.
+# What each parameter may be: text, a whole number of a range, a real number from a smallest to a largest value, or a
+# choice from a list. The upper limits catch slips of the hand.
 PARAMETERS: dict[str, list | range | tuple[float, float] | Text] = {
     **dict.fromkeys(("output_dir", "base_model", "dataset", "rules", "qa_data", "tasks", "retriever"), NAME),
     **dict.fromkeys(("drive_dir", "model", "train_data", "adapter"), NAME_OR_EMPTY),
@@ -776,7 +738,7 @@ PARAMETERS: dict[str, list | range | tuple[float, float] | Text] = {
 
 
 def wrong_values(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
-    """The names of the `values` that are not what a table such as PARAMETERS allows, each with what it must be."""
+    """The `values` that a table such as PARAMETERS does not allow: name and what it must be."""
     wrong = {}
     for name, allowed in table.items():
         value = values.get(name, ...)
@@ -797,9 +759,9 @@ def wrong_values(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[st
 
 
 def check_parameters(values: Mapping[str, Any], section: str = "") -> None:
-    """RecipeError if a parameter among `values` is not what PARAMETERS allows; it names all that are wrong.
+    """RecipeError that names all parameters among `values` (a notebook passes its globals()) that are wrong.
 
-    Other names are left alone, so a notebook passes its globals(). `section` (of a run file) goes before the names.
+    `section` (of a run file) goes before the names.
     """
     problems = []
     for name, words in wrong_values(values, PARAMETERS).items():
@@ -837,7 +799,7 @@ LICENCE_NOTICES = {
 
 
 def model_card(title: str, record: Mapping[str, Any], tags: Iterable[str], facts: Mapping[str, Any]) -> str:
-    """Text of a hub model card (README.md), with the base model's licence and the notice that it asks for."""
+    """The hub's model card (README.md), with the base model's licence and the notice that it asks for."""
     from huggingface_hub import ModelCardData
 
     sources = origins(record["inputs"])
@@ -857,7 +819,7 @@ def model_card(title: str, record: Mapping[str, Any], tags: Iterable[str], facts
 
 
 def dataset_card(title: str, record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Text of a hub dataset card (README.md), with the licence of the source."""
+    """The hub's dataset card (README.md), with the licence of the source."""
     from huggingface_hub import DatasetCardData
 
     source = record["inputs"]["dataset"]
@@ -891,35 +853,24 @@ def layer_matrices(model: Any) -> dict[str, Any]:
 
 
 def lora_targets(config: Any) -> list[str]:
-    """The names of all linear layers of a block, fused ones too: `target_modules` of a LoRA adapter.
-
-    Raises RecipeError that lists the matrices to which LoRA cannot be added, such as experts.
-    """
+    """The names of a block's linear layers, for LoRA; RecipeError lists matrices beyond its reach, such as experts."""
     model = empty_model(config)
     linear = layer_matrices(model)
-    outside = [*linear.values(), model.get_input_embeddings(), model.get_output_embeddings()]
-    reached = {id(module.weight) for module in outside}
-    untrained = {
-        re.sub(r"\.\d+\.", ".*.", name)
-        for name, weight in model.named_parameters()
-        if weight.dim() > 1 and id(weight) not in reached
-    }
-    if untrained:
+    known = [*linear.values(), model.get_input_embeddings(), model.get_output_embeddings()]
+    reached = {id(module.weight) for module in known}
+    beyond = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
+    if beyond:
+        names = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in beyond}))
         raise RecipeError(
-            f"{config.model_type}: LoRA does not reach {', '.join(sorted(untrained))}, which would stay untrained "
-            "without a word; choose a model of another kind"
+            f"{config.model_type}: LoRA does not reach {names}, which would stay untrained without a word; choose a "
+            "model of another kind"
         )
     return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
-def parameter_count(config: Any) -> int:
-    """Number of weights of a model, from its transformers config; tied embeddings count once."""
-    return empty_model(config).num_parameters()
-
-
 def check_gpu(config: Any, gpu: bool, limit: float = 1.5e9) -> None:
-    """Raise RecipeError if a model of more than `limit` weights is asked for on a machine without a GPU."""
-    if not gpu and (weights := parameter_count(config)) > limit:
+    """RecipeError for a model of more than `limit` weights on a machine without a GPU; tied embeddings count once."""
+    if not gpu and (weights := empty_model(config).num_parameters()) > limit:
         raise RecipeError(
             f"no GPU here, and the model has {weights / 1e9:.1f} billion weights: in Colab choose Runtime > Change "
             "runtime type > A100, or try the series on a CPU with `make smoke`"
@@ -938,10 +889,9 @@ def estimate_memory(
 ) -> dict[str, float]:
     """GiB of GPU memory that a run will need at its peak, part by part, from the model's transformers config.
 
-    Weights: 16 bit, or 4 bit where that is possible: embeddings and experts stay in 16. A LoRA adapter of rank `r` on
-    all linear layers. Training: rows of `batch_size` texts of `length` tokens each, gradient checkpointing, loss in
-    chunks, float32 adapter with 8-bit Adam. Answering: `slots` answers of `columns` tokens.
-    Measured peaks (benchmarks/RESULTS.md) are met within 7 %; with unsloth, which keeps less, it is an upper bound.
+    `r` is the rank of the adapter. Training: rows of `batch_size` texts of `length` tokens, gradient checkpointing,
+    loss in chunks. Answering: `slots` answers of `columns` tokens. Measured peaks (benchmarks/RESULTS.md) are met
+    within 7 %; with unsloth, which keeps less, it is an upper bound.
     """
     model = empty_model(config)
     linear = layer_matrices(model).values()
@@ -951,7 +901,7 @@ def estimate_memory(
     layers, key_heads, width = cache_shape(config)
     inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
     gib = {
-        # NF4 with double quantization takes 4.127 bits for each weight.
+        # NF4 with double quantization: 4.127 bits per weight of a linear layer. Embeddings and experts stay in 16 bit.
         "weights": in_linear * (4.127 / 8 if four_bit else 2) + 2 * (model.num_parameters() - in_linear),
         # Weights and gradients in float32 and two moments of a byte each; 16 bit and nothing else for answering.
         "adapter": adapter * (10 if tokens else 2),
@@ -1010,10 +960,7 @@ _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uf
 
 @dataclass(frozen=True)
 class FilterRules:
-    """A rules file: everything that decides which rows are kept. Numbers and switches default to those of 2024.
-
-    Raises RecipeError for a value of the wrong type or outside its range.
-    """
+    """A rules file, with 2024's numbers and switches as defaults; RecipeError for a wrong type or range."""
 
     replacements: tuple[tuple[str, str], ...]  # (old, new): applied one after the other to every text
     ng: tuple[str, ...]  # a row that holds one of these strings is dropped
@@ -1045,10 +992,9 @@ class FilterRules:
         object.__setattr__(self, "replacements", pairs)
         object.__setattr__(self, "ng", tuple(map(self.composed, self.ng)))
 
-    @property
-    def rare_after(self) -> int:
-        """The limit of the second count; `rare_share` takes the place of both counts."""
-        return 0 if self.rare_share else self.rare_after_below
+    def limits(self, rows: int) -> tuple[float, float]:
+        """The counts below which a character is rare: among all `rows` rows, and among those that passed."""
+        return (self.rare_share * rows, 0) if self.rare_share else (self.rare_below, self.rare_after_below)
 
     @cached_property
     def any_key(self) -> re.Pattern:
@@ -1078,10 +1024,7 @@ RULES: dict[str, list | range | tuple[float, float] | Text] = {
 
 
 def load_rules(path: str | Path) -> FilterRules:
-    """The filter that a rules file describes: a JSON object with every field of FilterRules and, if you like, `source`.
-
-    Raises RecipeError naming the file for one that cannot be read, an unknown or missing key and a wrong value.
-    """
+    """The rules in a JSON file with all fields of FilterRules and perhaps `source`; RecipeError names the file."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         values.pop("source", None)
@@ -1095,10 +1038,10 @@ def load_rules(path: str | Path) -> FilterRules:
 
 
 def any_string(strings: Iterable[str]) -> re.Pattern:
-    """A pattern that finds every place of the strings in a text; what it matches is the last character in code order.
+    """A pattern that finds every place of the strings in a text, in a third of the time of their alternation.
 
-    That character is looked for first, and only where it stands the rest: kanji come behind kana and Latin letters in
-    that order and are rarer. It takes a third of the time of an alternation of the strings.
+    It matches the character that is last in code order, and looks for the rest only there: kanji come after kana and
+    Latin letters and are rarer.
     """
     around = defaultdict(list)
     for string in strings:
@@ -1108,19 +1051,18 @@ def any_string(strings: Iterable[str]) -> re.Pattern:
 
 
 def any_character(characters: Iterable[str]) -> re.Pattern:
-    """A pattern that finds these characters, at the same speed however many there are.
-
-    It also finds every character beyond U+FFFF (emoji, rare kanji), where a class of many would be slow: look it up.
+    """A pattern for these characters and for all beyond U+FFFF (emoji, rare kanji), which the caller looks up: a class
+    of many would be slow.
     """
     basic = "".join(character for character in characters if character <= "\uffff")
     return re.compile(f"[{re.escape(basic)}\U00010000-\U0010ffff]")
 
 
 def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str], Problem | None]:
-    """The texts of a row that the rules read, by field, and what is wrong with its form.
+    """The texts of a row by field, and what is wrong with its form; a malformed row has no texts.
 
     `instruction` is the first user turn and `response` the first assistant turn, "" where missing; with `all_turns`
-    the other turns follow as "turn N", counted from 1. A malformed row has no texts.
+    the other turns follow as "turn N", counted from 1.
     """
     columns, turns = read_form(row)
     if not columns:
@@ -1139,20 +1081,14 @@ def row_texts(row: Mapping[str, Any], rules: FilterRules) -> tuple[dict[str, str
         texts[field] = rules.normal(content)
         if len(texts) == 2 and not rules.all_turns:
             break  # as in 2024, which never looks at what follows
-    problems = [
-        ("empty" if field in texts else "missing turn", field, "")
-        for field in ("response", "instruction")
-        if not texts.get(field, "").strip()
-    ]
+    blank = [field for field in ("response", "instruction") if not texts.get(field, "").strip()]
+    problem = ("empty" if blank[0] in texts else "missing turn", blank[0], "") if blank else None
     first = {field: texts.pop(field, "") for field in ("instruction", "response")}
-    return first | texts, problems[0] if problems else None
+    return first | texts, problem
 
 
 def count_characters(texts_of_rows: Iterable[Mapping[str, str]], rules: FilterRules) -> np.ndarray:
-    """How often each character occurs in the texts; with `rare_share`, how many rows hold it.
-
-    The count of a character stands at its code point; the array has `sys.maxunicode` + 1 places.
-    """
+    """How often each character occurs in the texts, or with `rare_share` in how many rows, by its code point."""
     counts = np.zeros(sys.maxunicode + 1, np.int64)
     if rules.rare_share:
         for texts in texts_of_rows:
@@ -1171,11 +1107,6 @@ def _code_points(text: str) -> np.ndarray:
 def rare_characters(counts: np.ndarray, limit: float) -> str:
     """The characters that occur, but fewer times than `limit`, in the order of their code points."""
     return "".join(map(chr, np.flatnonzero((counts > 0) & (counts < limit)).tolist()))
-
-
-def first_limit(rows: int, rules: FilterRules) -> float:
-    """The count below which a character is rare among `rows` rows."""
-    return rules.rare_share * rows if rules.rare_share else rules.rare_below
 
 
 def replace_strings(text: str, rules: FilterRules) -> str:
@@ -1221,11 +1152,10 @@ def _shown(character: str) -> str:
     return f"U+{ord(character):04X}" if "\ud800" <= character <= "\udfff" else character  # half a surrogate pair
 
 
-def not_japanese(texts: Mapping[str, str], rules: FilterRules) -> Problem | None:
-    """The first text in which cld2 finds too little Japanese (in percent of its bytes) or that cld2 cannot read.
+def not_japanese(texts: Mapping[str, str], rules: FilterRules) -> list[Problem]:
+    """[(reason, field, what was found)] of the first text that cld2 cannot read or finds too little Japanese in; or [].
 
-    Returns (reason, field, what was found), or None if all is well. A later turn too short for cld2 to name its
-    language ("はい。") passes.
+    A later turn too short for cld2 to name its language ("はい。") passes.
     """
     import pycld2
 
@@ -1234,29 +1164,23 @@ def not_japanese(texts: Mapping[str, str], rules: FilterRules) -> Problem | None
             languages = pycld2.detect(text, isPlainText=rules.plain_text)[2]
         except (pycld2.error, UnicodeEncodeError) as error:
             unreadable = _UNREADABLE.search(text)
-            return "unreadable", field, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error)
+            return [("unreadable", field, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error))]
         if not any(code == "ja" and share >= rules.japanese_percent for _, code, share, _ in languages):
             if field.startswith("turn") and languages[0][1] == "un":
                 continue
-            return "not Japanese", field, ", ".join(f"{code} {share} %" for _, code, share, _ in languages if share)
-    return None
+            return [("not Japanese", field, ", ".join(f"{code} {share} %" for _, code, share, _ in languages if share))]
+    return []
 
 
 def judge(texts: Mapping[str, str], rules: FilterRules, forbidden: Forbidden) -> list[Problem]:
-    """Why a row with these texts (after the replacements) is dropped: (reason, field, matched string); none keeps it.
-
-    Everything forbidden in them, in the order of REASONS. The language is asked only if nothing is: cld2 is slow, and
-    its percentage overlooks a short foreign tail.
+    """Why a row with these texts (after the replacements) is dropped: everything forbidden in them, or else their
+    language (cld2 is slow, and its percentage overlooks a short foreign tail); [] keeps the row.
     """
-    if found := find_forbidden(texts, forbidden):
-        return found
-    problem = not_japanese(texts, rules)
-    return [problem] if problem else []
+    return find_forbidden(texts, forbidden) or not_japanese(texts, rules)
 
 
-Passed = tuple[
-    int, dict[str, Any], dict[str, str]
-]  # number of a row from 1, the row as it came in, its texts as judged
+# The number of a row from 1, the row as it came in, its texts as judged.
+Passed = tuple[int, dict[str, Any], dict[str, str]]
 
 
 def judge_rows(
@@ -1264,9 +1188,8 @@ def judge_rows(
 ) -> tuple[list[Passed], list[dict[str, Any]], dict[tuple[str, str], list[int]]]:
     """Apply every rule but the last to the rows, in which `row_texts` found `read`; `rare` characters are forbidden.
 
-    Returns the rows that passed; a record of each dropped row: number, reason, field, match, what else of the forbidden
-    it holds (`also`), and the row as it came in; and for each (reason, match) how many rows hold it and how many of
-    them no other rule would have dropped.
+    Returns the rows that passed, the dropped ones (see `dropped_record`), and for each (reason, match) how many rows
+    hold it and how many of them no other rule would have dropped.
     """
     forbidden = Forbidden(rules, rare)
     passed, dropped, hits = [], [], defaultdict(lambda: [0, 0])
@@ -1276,9 +1199,8 @@ def judge_rows(
         if not problems:
             passed.append((number, row, texts))
             continue
-        broken = []
-        if problems[0][0] in ("ng string", "rare character", "not cp932"):
-            broken = list(dict.fromkeys((reason, match) for reason, _, match in problems))
+        forbids = problems[0][0] in ("ng string", "rare character", "not cp932")
+        broken = list(dict.fromkeys((reason, match) for reason, _, match in problems)) if forbids else []
         only = len(broken) == 1 and not not_japanese(texts, rules)
         for rule in broken:
             hits[rule][0] += 1
@@ -1288,7 +1210,7 @@ def judge_rows(
 
 
 def dropped_record(number: int, problem: Problem, row: Mapping[str, Any], also: Sequence[str] = ()) -> dict[str, Any]:
-    """What `dropped_magpie.jsonl` says of a row."""
+    """What `dropped_magpie.jsonl` says of a row: its first problem, what `also` is forbidden in it, and the row."""
     reason, field, match = problem
     return {"number": number, "reason": reason, "field": field, "match": match, "also": list(also), "row": row}
 
@@ -1297,8 +1219,7 @@ def drop_rare_afterwards(passed: Iterable[Passed], rare: str) -> tuple[list[Pass
     """Drop the rows that hold one of the `rare` characters: once, as in 2024, not until nothing changes any more."""
     kept, dropped, pattern = [], [], any_character(rare)
     for number, row, texts in passed:
-        held = {c: field for field in reversed(texts) for c in pattern.findall(texts[field]) if c in rare}
-        if held:
+        if held := {c: field for field in reversed(texts) for c in pattern.findall(texts[field]) if c in rare}:
             worst = max(held)
             dropped.append(dropped_record(number, ("rare afterwards", held[worst], worst), row))
         else:
@@ -1309,8 +1230,7 @@ def drop_rare_afterwards(passed: Iterable[Passed], rare: str) -> tuple[list[Pass
 def written_row(row: Mapping[str, Any], texts: Mapping[str, str], rules: FilterRules) -> dict[str, Any]:
     """A row as it is kept: all its columns, then `instruction` and `response` after the replacements.
 
-    The column `conversations` stays as it was, unless `clean_conversations` applies the replacements to it as well.
-    In a row of another form it takes the place of the columns that held the texts.
+    `conversations` takes the place of the columns that held the texts; only `clean_conversations` changes its texts.
     """
     columns, turns = read_form(row)
     if rules.clean_conversations:
@@ -1326,20 +1246,17 @@ def written_row(row: Mapping[str, Any], texts: Mapping[str, str], rules: FilterR
 def filter_rows(
     rows: Sequence[dict[str, Any]], rules: FilterRules
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Filter the rows of a data set: count the characters, then judge every row.
-
-    Returns the rows kept (see `written_row`), a record of every dropped row (see `judge_rows`), and the report.
-    """
+    """The rows kept (see `written_row`), those dropped (see `dropped_record`), and the report."""
     from tqdm import tqdm
 
-    began = time.perf_counter()
+    began, (limit, limit_after) = time.perf_counter(), rules.limits(len(rows))
     read = [row_texts(row, rules) for row in rows]
     counts = count_characters((texts for texts, _ in read), rules)
-    rare = rare_characters(counts, first_limit(len(rows), rules))
+    rare = rare_characters(counts, limit)
     passed, dropped, hits = judge_rows(tqdm(rows, "filter", unit=" rows", mininterval=1), read, rules, rare)
 
     counts_after = count_characters((texts for _, _, texts in passed), rules)
-    rare_after = rare_characters(counts_after, rules.rare_after)
+    rare_after = rare_characters(counts_after, limit_after)
     passed, late = drop_rare_afterwards(passed, rare_after)
     kept = [written_row(row, texts, rules) for _, row, texts in passed]
     dropped = sorted(dropped + late, key=lambda record: record["number"])
@@ -1358,10 +1275,7 @@ def filter_rows(
 
 
 def filter_counts(rows_in: int, rows_kept: int, reasons: Mapping[str, int]) -> dict[str, Any]:
-    """The counts of a filter's report: rows in, kept and dropped, `reasons`, and the rows left after each step.
-
-    Raises AssertionError if a row were lost.
-    """
+    """The counts of a filter's report, with the rows left after each step; AssertionError if a row were lost."""
     rows_dropped = sum(reasons.values())
     assert rows_in == rows_kept + rows_dropped, f"{rows_in} rows in, {rows_kept} kept, {rows_dropped} dropped"
     reasons = {reason: reasons[reason] for reason in REASONS if reasons.get(reason)}
@@ -2976,7 +2890,7 @@ def load_model(
     config = text_config(name, revision, max_seq_length)
     gpu = torch.cuda.is_available()
     check_gpu(config, gpu)
-    if not gpu and parameter_count(config) < 1e7:
+    if not gpu and empty_model(config).num_parameters() < 1e7:
         torch.set_num_threads(1)  # the tiny models' matrices are too small to share: a second thread only waits
     tokenizer = load_tokenizer(name, revision)
     options = {"dtype": getattr(torch, dtype), "revision": revision or None}
@@ -3034,7 +2948,7 @@ def merge_adapter(base: str, adapter: str | Path, target: str | Path, revision: 
     config, target = text_config(base, revision), Path(target)
     held = sum(path.stat().st_size for path in target.glob("*"))
     rooms = {"memory": psutil.virtual_memory().available, "disk": held + shutil.disk_usage(target.parent).free}
-    need = 2 * parameter_count(config)
+    need = 2 * empty_model(config).num_parameters()
     for name, room in rooms.items():
         if room < 1.1 * need:
             raise RecipeError(f"{target} takes {need / 1e9:.1f} GB, and the {name} has {room / 1e9:.1f} GB: make room")

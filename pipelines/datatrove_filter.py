@@ -53,7 +53,7 @@ class Stage(PipelineStep):
 
     def judge(self, rank, files):
         (rows, counts), counts_after = self.total("count"), 0
-        rare = helpers.rare_characters(counts, helpers.first_limit(rows, self.rules))
+        rare = helpers.rare_characters(counts, self.rules.limits(rows)[0])
         for index in files:
             file_rows = helpers.load_rows(self.files[index])
             read = (helpers.row_texts(row, self.rules) for row in file_rows)
@@ -63,7 +63,7 @@ class Stage(PipelineStep):
         np.savez_compressed(self.parts / f"again-{rank:06}.npz", rows=0, counts=counts_after)
 
     def write(self, rank, files):
-        rare = helpers.rare_characters(self.total("again")[1], self.rules.rare_after)
+        rare = helpers.rare_characters(self.total("again")[1], self.rules.limits(0)[1])
         for index in files:
             judged = helpers.load_rows(self.parts / f"judged-{index:06}.jsonl")[0]
             passed, late = helpers.drop_rare_afterwards(judged["passed"], rare)

@@ -408,8 +408,9 @@ def test_wrong_values_in_a_rules_file_are_named(tmp_path, key, value):
 def test_rules_files_hold_the_whole_filter():
     old, new = load_rules(RULES_FILE), load_rules(ROOT / "data/filter_rules_reviewed.json")
     assert old == FilterRules(old.replacements, old.ng)  # the defaults are those of 2024
-    assert (old.rare_below, old.rare_after, old.rare_share, old.japanese_percent) == (20, 10, 0, 60)
-    assert (new.rare_below, new.rare_after, new.rare_share, new.japanese_percent) == (0, 0, 0, 60)
+    assert (*old.limits(1000), old.japanese_percent) == (20, 10, 60)
+    assert (*new.limits(1000), new.japanese_percent) == (0, 0, 60)
+    assert replace(old, rare_share=0.25).limits(1000) == (250, 0)  # a share takes the place of both counts
     for rules, switch in ((old, False), (new, True)):
         assert {getattr(rules, name) for name in SWITCHES} == {switch}
 
