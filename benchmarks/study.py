@@ -23,10 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import compare  # noqa: E402
 import helpers  # noqa: E402
 from run_file import read_notebook  # noqa: E402
 
@@ -67,8 +69,6 @@ def prepare(args: argparse.Namespace) -> None:
             settings += [f"dataset={args.dataset}", "dataset_revision="]
         run_series("02", [*settings, "02_filter_magpie.allow_licences=unknown"], folder / "log.txt", {})
         kept[name] = {row["id"]: row for row in helpers.load_rows(folder / "filtered_magpie.jsonl")}
-    if (args.out / "tasks.jsonl").is_file():  # written last
-        return
     tokenizer = helpers.load_tokenizer(args.model, "")
     limit = yaml.safe_load((ROOT / "data/runs/study/base.yaml").read_text("utf-8"))["03_sft"]["max_seq_length"]
 
@@ -108,7 +108,6 @@ def shared_words_retriever(folder: Path, documents: list[str]) -> None:
     Its word vectors are the axes of a space, so that equal words have a cosine of 1 and others of about 0. Words that
     more than a tenth of the documents hold say nothing and are left unknown, as are words that no document holds.
     """
-    import torch
     from safetensors.torch import save_file
     from transformers import BertConfig, BertJapaneseTokenizer, BertModel
 
@@ -166,8 +165,8 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.runs, self.pool = args, {}, ThreadPoolExecutor(args.jobs)
-        gpus = count_gpus()
-        self.environment = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in range(gpus)] or [{}]
+        gpus = range(torch.cuda.device_count())
+        self.environment = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] or [{}]
         self.notebooks = {key: read_notebook(next(ROOT.glob(f"notebooks/{key}_*.ipynb")))[1] for key in ("03", "04")}
         self.number = itertools.count()
 
@@ -222,15 +221,6 @@ class Runner:
             raise
 
 
-def count_gpus() -> int:
-    """The number of NVIDIA GPUs, 0 without their driver; torch is not asked, because it would take memory on each."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return 0
-    return len(listed.splitlines())
-
-
 def collect(runner: Runner) -> pd.DataFrame:
     """The scores of every finished run, also of an earlier call: a row per arm, seed and task."""
     tables = []
@@ -246,10 +236,15 @@ def collect(runner: Runner) -> pd.DataFrame:
 # 3. Effects
 
 
+def part_of(scores: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, str]:
+    """The rows of `scores` that a measure of the table is about, and its column."""
+    kind = {"nll_tasks": "task ", "nll_held_out": "row "}.get(measure, "")
+    return scores[scores["task_id"].str.startswith(kind)], "nll" if kind else measure
+
+
 def differences(scores: pd.DataFrame, arm: str, against: str, measure: str) -> np.ndarray:
     """`arm` minus `against`, paired: (seeds that both have, tasks). A run without seeds is paired with every seed."""
-    name, _, part = measure.partition("_") if measure.startswith("nll") else (measure, "", "")
-    chosen = scores[scores["task_id"].str.startswith({"tasks": "task", "held_out": "row"}.get(part, ""))]
+    chosen, name = part_of(scores, measure)
     wide = [chosen[chosen["arm"] == a].pivot(index="seed", columns="task_id", values=name) for a in (arm, against)]
     wide = [table.astype(float) for table in wide]
     if "seeds" in ARMS[arm]:
@@ -302,17 +297,11 @@ def effects(scores: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def markdown(table: pd.DataFrame, scores: pd.DataFrame) -> str:
+def effects_table(table: pd.DataFrame, scores: pd.DataFrame) -> str:
     """The table of the study: an arm per row, a measure per column; bold is clear, after the correction."""
     head = ["changed", "against", *(text for text, _ in MEASURES.values())]
-    lines = [head, ["---"] * len(head)]
-    own = {"nll_tasks": ("nll", "task"), "nll_held_out": ("nll", "row")}
-    base = scores[scores["arm"] == "base"]
-    means = []
-    for measure in MEASURES:
-        name, part = own.get(measure, (measure, ""))
-        means.append(f"{base[base['task_id'].str.startswith(part)][name].mean():.3g}")
-    lines.append(["base itself", "", *means])
+    parts = [part_of(scores[scores["arm"] == "base"], measure) for measure in MEASURES]
+    lines = [["base itself", "", *(f"{part[name].mean():.3g}" for part, name in parts)]]
     for (arm, against), part in table.groupby(["arm", "against"], sort=False):
         cells = dict.fromkeys(MEASURES, "")  # empty: cannot differ
         for row in part.itertuples():
@@ -320,7 +309,7 @@ def markdown(table: pd.DataFrame, scores: pd.DataFrame) -> str:
             cells[row.measure] = text if row.verdict == UNTOLD else f"**{text}** {row.verdict}"
         seeds = "" if part["seeds"].min() >= len(SEEDS) else f" ({part['seeds'].min()} seeds: no claim)"
         lines.append([arm + seeds, against, *cells.values()])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return compare.markdown(pd.DataFrame(lines, columns=head))
 
 
 def plot(table: pd.DataFrame) -> object:
@@ -356,7 +345,7 @@ def plot(table: pd.DataFrame) -> object:
 def report(scores: pd.DataFrame, folder: Path, picture: Path) -> None:
     """Print the table; write effects.csv and table.md into `folder`, and the picture."""
     table = effects(scores)
-    text = markdown(table, scores)
+    text = effects_table(table, scores)
     with helpers.atomic_write(folder / "effects.csv") as file:
         table.drop(columns="same_sign").to_csv(file, index=False, float_format="%.5g", lineterminator="\n")
     with helpers.atomic_write(folder / "table.md") as file:
