@@ -2213,6 +2213,11 @@ def reference_of(task: Mapping[str, Any]) -> str:
     return "\nまたは\n".join(references_of(task))
 
 
+def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of tasks and references: runs are comparable only where it is the same."""
+    return digest([[task["task_id"], task["input"], reference_of(task)] for task in tasks])
+
+
 def japanese_share(text: str) -> float | None:
     """Share of kana and kanji among the letters of `text`; None for a text without letters, such as "420"."""
     letters = [character for character in text if unicodedata.category(character)[0] == "L"]

@@ -164,14 +164,13 @@ def compare_decoding(args: argparse.Namespace) -> dict[str, Any]:
     seconds["mbr"] = seconds["first"] + seconds.pop("others") + time.perf_counter() - started
     seconds = {arm: round(spent, 1) for arm, spent in seconds.items()}
     settings = {"greedy": GREEDY, "sample": SAMPLE, "samples": SAMPLES, "new_tokens": NEW_TOKENS, "seed": args.seed}
-    asked = [[task["task_id"], task["input"], helpers.reference_of(task)] for task in tasks]  # as in notebook 4
     for arm, groups in answers.items():
         texts, cut = zip(*(group[0] for group in groups), strict=True)
         file = args.out / arm / "output.jsonl"
         helpers.write_jsonl(file, [task | {"output": text} for task, text in zip(tasks, texts, strict=True)])
         per_task = helpers.score_texts(tasks, texts, cut)
         scores = {"mean": helpers.summarize_scores(per_task), "near_duplicates": [], "per_task": per_task}
-        scores |= {"tasks_sha256": helpers.digest(asked), "output_sha256": helpers.sha256_file(file)}
+        scores |= {"tasks_sha256": helpers.digest_tasks(tasks), "output_sha256": helpers.sha256_file(file)}
         helpers.write_json(file.with_name("scores.json"), scores | {"seconds": seconds[arm]})
     return {"model": helpers.model_source(args.model), "settings": settings, "seconds": seconds, "samples": samples}
 
