@@ -376,7 +376,7 @@ def main() -> None:
     prepare(args)
     runner = Runner(args)
     # First what others wait for and what takes longest, then one seed after the other: an early end leaves whole seeds.
-    first = ["1 epoch", "base", "preferences"]
+    first = ["1 epoch", "base", "3 epochs", "preferences"]
     chosen = [(arm, seed) for seed in args.seeds for arm in args.arms or ARMS if seed in ARMS[arm].get("seeds", SEEDS)]
     for arm, seed in sorted(chosen, key=lambda run: first.index(run[0]) if run[0] in first else len(first)):
         runner.start(arm, seed)
