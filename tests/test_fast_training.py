@@ -112,7 +112,8 @@ def test_rows_on_a_gpu_give_the_loss_and_gradients_of_the_cpu(family):
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in row.items()}
         loss = model(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()
-        found.append([loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.requires_grad)])
+        gradients = [p.grad.clone().cpu() for p in model.parameters() if p.requires_grad]  # model.to() moves its own
+        found.append([loss.detach().cpu(), *gradients])
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
