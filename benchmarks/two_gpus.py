@@ -3,9 +3,10 @@
     python benchmarks/two_gpus.py --out outputs/two_gpus          # two GPUs with 40 GB or more, about seven minutes
     python benchmarks/two_gpus.py --out outputs/two_gpus --tiny   # a tiny model on the CPU: does every step still run?
 
-The model has random weights in the shape of gemma-2-9b, 24 of its 42 layers (--model 27b: gemma-2-27b), in 4 bits. The notebooks run as the
-README says: papermill --prepare-only, nbconvert, then `python` for one process and `accelerate launch` for two. Only
-notebook 3 gets something more: a clock that notes when each step ends and how many tokens were in it.
+The model has random weights in the shape of gemma-2-9b with 24 of its 42 layers (--model 27b: gemma-2-27b), in 4 bits.
+The notebooks run as the README says: papermill --prepare-only, nbconvert, then `python` for one process and `accelerate
+launch` for two. Only notebook 3 gets something more: a clock that notes when each step ends and how many tokens were
+in it.
 
 Five runs, each in processes of its own with a time limit; what failed is reported, and the others still run: training
 on one GPU and, at the same time, answering on the other one; then training on two, answering on two, and the training
