@@ -1410,17 +1410,19 @@ def sample_answers(
     else:
         config._attn_implementation = "eager"  # the attention of training reads rows without padding only
     config.use_cache = True
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "max_length": None}
     answers = []
-    for question in questions:
-        prompt = torch.tensor([encode(tokenizer, sft_text(question, "", "")).ids], device=model.device)
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, "max_length": None}
-        with torch.no_grad():
-            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
-        answers.append(tokenizer.decode(ids[prompt.shape[1] :], skip_special_tokens=True).strip())
-    config._attn_implementation, config.use_cache = attention, cached
-    if engine == "unsloth":
-        FastLanguageModel.for_training(model)
-    model.train(training)
+    try:
+        for question in questions:
+            prompt = torch.tensor([encode(tokenizer, sft_text(question, "", "")).ids], device=model.device)
+            with torch.no_grad():
+                ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+            answers.append(tokenizer.decode(ids[prompt.shape[1] :], skip_special_tokens=True).strip())
+    finally:  # after an interruption, too: the cell that trains would take the eager attention for its own
+        config._attn_implementation, config.use_cache = attention, cached
+        if engine == "unsloth":
+            FastLanguageModel.for_training(model)
+        model.train(training)
     return answers
 
 

@@ -226,3 +226,11 @@ def test_layers_are_kept_as_long_as_memory_lasts(gpu_of_ten_gib):
         kept.tokens = tokens
         kept.keep(kept.number_that_fits(used=0))
         assert [layer.gradient_checkpointing for layer in kept.layers] == [True] * (2 - expected) + [False] * expected
+
+
+def test_an_interrupted_question_leaves_the_model_as_it_was():
+    model = gemma2().train()
+    model.config._attn_implementation, model.config.use_cache = "examples", False
+    with pytest.raises(TypeError):
+        helpers.sample_answers(model, None, ["質問"], "transformers")
+    assert model.training and model.config._attn_implementation == "examples" and not model.config.use_cache
