@@ -109,7 +109,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
 
     Packed files, Parquet and arrays are known by their first bytes, CSV and TSV by their names (also `.csv.gz`).
     """
-    from pyarrow import ArrowException, input_stream, parquet
+    from pyarrow import ArrowException, input_stream
 
     table = re.search(r"\.(csv|tsv)\b", path.name.lower())
     try:
@@ -119,8 +119,9 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
             head = file.peek(64)[:64]
             if head.startswith(b"PAR1"):
                 from datasets import Dataset
+                from pyarrow.parquet import read_table
 
-                rows = Dataset(parquet.read_table(path)).to_list()  # turns columns stored as JSON text into values
+                rows = Dataset(read_table(path)).to_list()  # turns columns stored as JSON text into values
             elif table:
                 rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), ",\t"[table[1] == "tsv"])
             elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
