@@ -345,18 +345,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--model", choices=["9b", "27b"], default="9b", help="whose shape")
-    parser.add_argument("--steps", type=int, help="training steps of 32 texts, an even number (16; tiny: 8)")
+    parser.add_argument("--steps", type=int, help="training steps of 32 texts, an even number (10; tiny: 8)")
     parser.add_argument("--tasks", type=int, help="tasks to answer (128; tiny: 16)")
     parser.add_argument("--new-tokens", type=int, help="tokens of each answer (192; tiny: 24)")
     parser.add_argument("--limit", type=float, default=180, help="seconds for one run")
-    parser.add_argument("--minutes", type=float, default=6.5, help="for everything; runs beyond that are stopped")
+    parser.add_argument("--minutes", type=float, default=7.6, help="for everything; runs beyond that are stopped")
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = "tiny" if options.tiny else options.model
     if options.build:
         build(options.out / "model", shape)
         return
-    defaults = (8, 16, 24) if options.tiny else (16, 128, 192)
+    defaults = (8, 16, 24) if options.tiny else (10, 128, 192)
     for name, value in zip(("steps", "tasks", "new_tokens"), defaults, strict=True):
         setattr(options, name, getattr(options, name) or value)
     measure(options, shape)
