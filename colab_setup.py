@@ -166,9 +166,9 @@ def prepare(values: dict[str, Any]) -> ModuleType:
     fetched = ROOT not in (Path.cwd(), *Path.cwd().parents)
     os.chdir(ROOT)
     helpers = importlib.import_module("helpers")
-    helpers.check_parameters(values)
+    helpers.parameters.check(values)
     find_beside_notebook(values)
-    output_dir = helpers.place_outputs(values["output_dir"], values["drive_dir"])
+    output_dir = helpers.machine.place_outputs(values["output_dir"], values["drive_dir"])
     if missing := missing_input(values, output_dir):
         raise helpers.RecipeError(missing)
     if fetched:

@@ -2,11 +2,10 @@
 
 Reads output.jsonl, scores.json and run.json of each run and writes comparison.md, comparison.csv and comparison.png:
 the settings that differ, every measure with its interval, and the difference to the first run, paired task by task,
-with a verdict. run.py prints its closing tables with `report_table` and `sweep_table`.
+with a verdict.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,97 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers import MEASURES, RecipeError, atomic_write, load_rows, mean_interval, sha256_file
+from engine import files, reports
+from helpers import MEASURES, RecipeError, mean_interval
 
 UNTOLD = ("cannot be told from noise", "too few tasks to tell")  # verdicts on a difference, besides better and worse
-SWEEP = {
-    "first loss": ("sft_metrics.json", "first_loss"),
-    "last loss": ("sft_metrics.json", "last_loss"),
-    "held-out loss": ("sft_metrics.json", "held_out_loss"),
-    "training tokens/s": ("sft_metrics.json", "tokens_per_second"),
-    "GPU GiB": ("sft_metrics.json", "peak_gpu_gib"),
-    "answered": ("inference_metrics.json", "answered"),
-    "answer tokens/s": ("inference_metrics.json", "tokens_per_second"),
-}
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A JSON file of a run, {} if there is none; RecipeError if it is damaged."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, RecursionError):
-        report = None
-    is_run = path.name == "run.json"
-    records = report.values() if is_run and isinstance(report, dict) else ()
-    # What a notebook depended on and, in run.json of today, what it made.
-    parts = [
-        part for r in records for part in ((r.get("parts"), r.get("products", {})) if isinstance(r, dict) else [r])
-    ]
-    if isinstance(report, dict) and all(isinstance(part, dict) for part in parts):
-        return report
-    writer = "run.py, which then runs the notebooks again" if is_run else "the notebook that writes it, again"
-    raise RecipeError(f"{path}: damaged or cut short; delete it and run {writer}")
-
-
-def one_line(value: Any) -> str:
-    """`value` as text without line breaks."""
-    return " ".join(str(value).splitlines())
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown; unlike `to_markdown` it rewrites no number and lets no name break a row."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "".join("| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in row) + " |\n" for row in rows)
-
-
-def report_table(output_dir: Path) -> str:
-    """What the notebooks of one run reported, one line each; what is missing is left out."""
-    names = ("filter_report.json", "sft_metrics.json", "inference_metrics.json", "run.json")
-    rows, loss, tasks, runs = (read_report(output_dir / name) for name in names)
-    lines = {}
-    try:
-        if rows:
-            lines["rows kept"] = f"{rows['rows_kept']} of {rows['rows_in']}"
-            lines |= {f"rows dropped, {reason}": count for reason, count in rows["reasons"].items()}
-        if loss:
-            lines["loss, first and last"] = f"{loss['first_loss']:.3f} {loss['last_loss']:.3f}"
-        if tasks:
-            lines["tasks answered"] = f"{tasks['answered']} of {tasks['tasks']} in {output_dir}/output.jsonl"
-        lines |= {f"seconds, {name}": f"{run['seconds']:.0f}" for name, run in runs.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(
-            f"{output_dir}: a report is not as its notebook writes it ({error!r}); run it again"
-        ) from None
-    return pd.Series(lines, dtype=object).to_string() if lines else ""
-
-
-def differing_settings(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """The settings in which runs differ, from their run.json: one row per setting, one column per run (0, 1, ...).
-
-    A setting is called NOTEBOOK.PARAMETER; a notebook's own name stands for whether it was run. "-" is "not there".
-    """
-    runs = []
-    for record in records:
-        run = dict.fromkeys(record, "run")
-        for name, notebook in record.items():
-            parts = {key: value for key, value in notebook["parts"].items() if key != "output_dir"}
-            run |= {f"{name}.{key}": parts[key][:8] for key in ("code", "helpers.py") if key in parts}
-            run |= {f"{name}.{key}": value for key, value in parts.items() if key.isidentifier() and key != "code"}
-        runs.append(run)
-    keys = dict.fromkeys(key for run in runs for key in run)
-    table = pd.DataFrame([[run.get(key, "-") for run in runs] for key in keys], list(keys), range(len(runs)), object)
-    return table.loc[[len(set(map(repr, row))) > 1 for row in table.itertuples(index=False)]]
-
-
-def sweep_table(folders: list[str]) -> str:
-    """A Markdown table of several runs: the parameters in which they differ, and what the notebooks reported."""
-    settings = differing_settings([read_report(Path(folder) / "run.json") for folder in folders])
-    table = settings[settings.index.str.contains(".", regex=False)].T
-    table.insert(0, "run", [Path(folder).name for folder in folders])
-    for column, (file, key) in SWEEP.items():
-        values = [read_report(Path(folder) / file).get(key) or "-" for folder in folders]
-        table[column] = [f"{value:.4g}" if isinstance(value, float) else value for value in values]
-    return markdown(table)
 
 
 def read_scored_run(folder: Path) -> dict[str, Any]:
@@ -113,14 +25,14 @@ def read_scored_run(folder: Path) -> dict[str, Any]:
 
     Raises RecipeError if the run is not finished, a file is damaged, or the scores are those of other answers.
     """
-    records, report = read_report(folder / "run.json"), read_report(folder / "scores.json")
+    records, report = reports.read(folder / "run.json"), reports.read(folder / "scores.json")
     missing = [name for name in ("output.jsonl", "scores.json") if not (folder / name).is_file()]
     if missing or (records and "04_rag_inference" not in records):
         what = f"there is no {' and no '.join(missing)}" if missing else "notebook 04 was interrupted"
         raise RecipeError(f"{folder}: not a finished run ({what}); run notebook 04 with this output_dir to its end")
-    if report.get("output_sha256") != sha256_file(folder / "output.jsonl"):
+    if report.get("output_sha256") != files.sha256(folder / "output.jsonl"):
         raise RecipeError(f"{folder}: scores.json is that of another output.jsonl; run notebook 04 again to its end")
-    tasks = {row["task_id"]: row["input"] for row in load_rows(folder / "output.jsonl")}
+    tasks = {row["task_id"]: row["input"] for row in files.load_rows(folder / "output.jsonl")}
     try:
         scores = pd.DataFrame(report["per_task"]).set_index("task_id").reindex(columns=list(MEASURES)).astype(float)
         seen, digest = {found["task_id"] for found in report["near_duplicates"]}, report["tasks_sha256"]
@@ -201,16 +113,13 @@ def sentence(verdicts: pd.Series) -> str:
 
 def comparison_text(runs: list[dict[str, Any]], rows: pd.DataFrame) -> str:
     """The comparison in Markdown: one table of settings, one of scores, sentences, and what the measures mean."""
-    names = [one_line(run["name"]) for run in runs]
-    settings = differing_settings([run["records"] for run in runs])
+    names = [reports.one_line(run["name"]) for run in runs]
+    settings = reports.differing_settings([run["records"] for run in runs])
     # Where not all runs ran a notebook with run.py, its parameters say nothing: only who ran it is shown.
-    order = sorted(settings.index, key=lambda key: ("." in key, key))
-    settings = settings.loc[[key for key in order if "." not in key or key.partition(".")[0] not in order]]
+    order = sorted(settings, key=lambda key: ("." in key, key))
+    shown = [[key, *settings[key]] for key in order if "." not in key or key.partition(".")[0] not in settings]
     text = f"# Comparison of {len(runs)} runs over {len(runs[0]['tasks'])} tasks\n\n"
-    if settings.empty:
-        text += "No setting differs.\n"
-    else:
-        text += "Settings that differ:\n\n" + markdown(settings.set_axis(names, axis=1).rename_axis("").reset_index())
+    text += f"Settings that differ:\n\n{reports.markdown(['', *names], shown)}" if shown else "No setting differs.\n"
     text += "\nMean and 95 % bootstrap interval; the difference is paired, task by task, against the first run.\n"
     text += "The verdict is that of a sign-flip test at 5 %, which is right with few tasks, too.\n"
     for subset, part in rows.groupby("subset", sort=False):
@@ -219,7 +128,7 @@ def comparison_text(runs: list[dict[str, Any]], rows: pd.DataFrame) -> str:
             difference=[with_interval(*values, "+") for values in part.filter(regex="^difference_[mlh]").values],
             verdict=part["verdict"].fillna(""),
         )
-        text += f"\n## Tasks: {subset}\n\n{markdown(table)}\n"
+        text += f"\n## Tasks: {subset}\n\n{reports.markdown(list(table), table.itertuples(index=False))}\n"
         for run, name in zip(runs[1:], names[1:], strict=True):
             verdicts = part[part["run"] == run["name"]].set_index("measure")["verdict"].dropna()
             text += f"- {name} against {names[0]}: {sentence(verdicts)}\n"
@@ -243,7 +152,7 @@ def plot_comparison(names: list[str], rows: pd.DataFrame) -> Any:
         axis.plot(part["mean"], places, "o", color="tab:blue")
         axis.set_title(measure, fontsize=9)
         axis.set_xlabel(MEASURES[measure][0], fontsize=8)
-        axis.set_yticks(range(len(names)), [one_line(name) for name in names], parse_math=False)
+        axis.set_yticks(range(len(names)), [reports.one_line(name) for name in names], parse_math=False)
         axis.set_ylim(len(names) - 0.5, -0.5)
     for axis in figure.axes[len(panels) :]:
         axis.remove()
@@ -263,11 +172,11 @@ def compare_runs(folders: list[str | Path], out: str | Path) -> str:
         check_same_tasks(runs[0], run)
     rows = compare_scores(runs)
     text = comparison_text(runs, rows)
-    with atomic_write(out / "comparison.md") as file:
+    with files.atomic_write(out / "comparison.md") as file:
         file.write(text)
-    with atomic_write(out / "comparison.csv") as file:
+    with files.atomic_write(out / "comparison.csv") as file:
         rows.to_csv(file, index=False, lineterminator="\n")
-    with atomic_write(out / "comparison.png", binary=True) as file:
+    with files.atomic_write(out / "comparison.png", binary=True) as file:
         plot_comparison([run["name"] for run in runs], rows).savefig(file, dpi=120, format="png")
     return text
 
@@ -280,4 +189,4 @@ if __name__ == "__main__":
     try:
         print(compare_runs(args.run_dirs, args.out))
     except (RecipeError, OSError) as error:
-        sys.exit(f"compare.py: {one_line(error)}")
+        sys.exit(f"compare.py: {reports.one_line(error)}")

@@ -1,8 +1,9 @@
 """Run the notebooks in order with papermill: `python run.py data/runs/smoke.yaml`.
 
 A run file holds `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
-A notebook is skipped while all it depends on has the same contents (code, helpers.py, parameters and the files they
-name, what earlier notebooks wrote) and what it wrote is unchanged; <output_dir>/run.json and notebooks/ hold the rest.
+A notebook is skipped while all it depends on has the same contents (code, helpers.py and the rooms that it reaches,
+parameters and the files they name, what earlier notebooks wrote) and what it wrote is unchanged; <output_dir>/run.json
+and notebooks/ hold the rest.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from compare import one_line, read_report, report_table, sweep_table
-from helpers import RecipeError, digest, find_change, hash_files, read_record, sha256_file, write_json
+from engine import files, records, reports
+from helpers import RecipeError, digest
 from run_file import read_notebook, read_run
 
 
@@ -31,7 +32,7 @@ def execute(source: Path, executed: Path, parameters: dict) -> float:
         return papermill.execute_notebook(source, target, parameters, **options).metadata.papermill.duration
     except (papermill.PapermillExecutionError, RuntimeError) as error:  # a dead kernel is a RuntimeError
         kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-        what = one_line(f"{kind}: {text}")
+        what = reports.one_line(f"{kind}: {text}")
         if "Kernel died" in text or kind in ("DeadKernelError", "CellExecutionError"):  # it could not even say why
             what = "the kernel died, probably out of memory"
         raise RecipeError(f"{source.stem}{failed_cell(source, executed)}: {what}; {executed} shows it") from None
@@ -50,22 +51,22 @@ def failed_cell(source: Path, executed: Path) -> str:
 
 
 def products(output_dir: Path) -> dict[str, dict]:
-    """The record of everything finished below `output_dir`, by path; see Records in helpers.py."""
+    """The record of everything finished below `output_dir`, by path; see engine/records.py."""
     found = [path.parent for path in output_dir.glob("*/record.json")]
     found += [Path(str(path).removesuffix(".record.json")) for path in output_dir.glob("*.record.json")]
-    records = {path.name: read_record(path) for path in sorted(found)}
-    return {name: record for name, record in records.items() if record.get("files")}
+    made = {path.name: records.read(path) for path in sorted(found)}
+    return {name: record for name, record in made.items() if record.get("files")}
 
 
-def reports(output_dir: Path, started: float) -> dict[str, dict]:
+def written_since(output_dir: Path, started: float) -> dict[str, dict]:
     """The hash of every single file in `output_dir` that was written after `started`, by name, as in a record."""
-    files = [path for path in output_dir.iterdir() if path.is_file() and path.stat().st_mtime >= started]
-    return {path.name: hash_files(path) for path in files if path.name != "run.json" and path.name[0] != "."}
+    paths = [path for path in output_dir.iterdir() if path.is_file() and path.stat().st_mtime >= started]
+    return {path.name: files.hashes(path) for path in paths if path.name != "run.json" and path.name[0] != "."}
 
 
 def contents(value: object) -> str:
     """What a parameter names, if it is a file or folder: a hash that changes with it; else ""."""
-    return digest(hash_files(str(value))) if os.path.exists(str(value)) else ""
+    return digest(files.hashes(str(value))) if os.path.exists(str(value)) else ""
 
 
 def why_run(record: dict, parts: dict, executed: Path) -> str:
@@ -73,11 +74,11 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     old = record.get("parts", {})
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
         return f"changed: {', '.join(changed)}" if old else "not finished yet"
-    for name, files in record.get("products", {}).items():
+    for name, hashes in record.get("products", {}).items():
         product = executed.parent.parent / name
-        if change := find_change(product, {"files": files}):
+        if change := records.find_change(product, {"files": hashes}):
             return change if change.startswith(name) else f"{name}: {change}"
-        if product.is_dir() and read_record(product).get("files") != files:
+        if product.is_dir() and records.read(product).get("files") != hashes:
             return f"{name}: its record is missing or was changed"
     with suppress(OSError, ValueError, LookupError, TypeError):
         if not json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"]:
@@ -88,31 +89,31 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
 def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
     """Run the selected notebooks of one run file that are not finished; with --dry-run only say which and why."""
     output_dir, fingerprint = Path(chosen[f"{min(notebooks)}.output_dir"]), ""
-    records = read_report(run_json := output_dir / "run.json")
+    runs = reports.read(run_json := output_dir / "run.json")
     for name, (code, defaults) in notebooks.items():
         if name[:2] < args.start or args.only not in (None, name[:2]):
-            fingerprint = records.get(name, {}).get("fingerprint", "")
+            fingerprint = runs.get(name, {}).get("fingerprint", "")
             continue
         parameters, made = {key: chosen[f"{name}.{key}"] for key in defaults}, products(output_dir).items()
         before = {f"{key} of {r['stage']}": digest(r["files"]) for key, r in made if r["stage"] < name}
-        parts = {"code": code, "helpers.py": sha256_file("helpers.py"), "notebook before": fingerprint}
+        parts = {"code": digest(code), **records.hash_code(records.rooms_in(code)), "notebook before": fingerprint}
         parts |= parameters | before
         parts |= {f"contents of {v}": c for k, v in parameters.items() if k != "output_dir" and (c := contents(v))}
         fingerprint = digest(parts)
         executed = output_dir / "notebooks" / f"{name}.ipynb"
-        why = "--force" if args.force else why_run(records.get(name, {}), parts, executed)
+        why = "--force" if args.force else why_run(runs.get(name, {}), parts, executed)
         print(f"{name}: {f'run, {why}' if why else 'finished, skipped'}", flush=True)
         if args.dry_run:
             print("".join(f"    {key}={v!r}\n" for key, v in parameters.items() if v != defaults[key]), end="")
         elif why:
-            write_json(run_json, {k: v for k, v in records.items() if k != name})  # if interrupted, it is not finished
+            files.write_json(run_json, {k: v for k, v in runs.items() if k != name})  # if interrupted: not finished
             started = time.time()
             seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
             made = {key: r["files"] for key, r in products(output_dir).items() if r["stage"] == name}
-            made |= reports(output_dir, started)
-            records[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts, "products": made}
-            write_json(run_json, records)
-    print("" if args.dry_run else report_table(output_dir))
+            made |= written_since(output_dir, started)
+            runs[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts, "products": made}
+            files.write_json(run_json, runs)
+    print("" if args.dry_run else reports.run_table(output_dir))
 
 
 def main() -> None:
@@ -130,14 +131,14 @@ def main() -> None:
     notebooks = {path.stem: read_notebook(path) for path in sorted(Path("notebooks").glob("0*.ipynb"))}
     try:
         if args.only and args.only < args.start:
-            raise RecipeError(f"--from {args.start} --only {args.only} would run nothing; leave one of them away")
+            raise RecipeError(f"--from {args.start} --only {args.only} would run nothing; drop one of them")
         runs = [read_run(path, args.set, notebooks) for path in args.run_files]
         if len({Path(run[f"{min(notebooks)}.output_dir"]).resolve() for run in runs}) < len(runs):
             raise RecipeError("two of the run files have the same output_dir; give each its own")
         for run in runs:
             run_series(run, notebooks, args)
         if len(runs) > 1 and not args.dry_run:
-            print(sweep_table([run[f"{min(notebooks)}.output_dir"] for run in runs]))
+            print(reports.sweep_table([run[f"{min(notebooks)}.output_dir"] for run in runs]))
     except (RecipeError, KeyboardInterrupt) as error:
         sys.exit(f"run.py: {str(error) or 'interrupted; the same command goes on with the unfinished notebook'}")
     except BrokenPipeError:  # `run.py ... | head`: nobody reads on

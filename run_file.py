@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from compare import one_line
-from helpers import RecipeError, check_output_dir, check_parameters
+from engine import machine, parameters
+from engine.reports import one_line
+from helpers import RecipeError
 
 
 class RunFile(yaml.SafeLoader):
@@ -25,11 +25,11 @@ class RunFile(yaml.SafeLoader):
 
 
 def read_notebook(path: Path) -> tuple[str, dict]:
-    """The hash of a notebook's code, and what its cell tagged `parameters` assigns (papermill gives only text)."""
+    """A notebook's code, and what its cell tagged `parameters` assigns (papermill gives only text)."""
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     tagged = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
     values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(tagged).body if isinstance(n, ast.Assign)}
-    return hashlib.sha256("\n".join(cell.source for cell in cells).encode()).hexdigest(), values
+    return "\n".join(cell.source for cell in cells), values
 
 
 def meant(value: object, default: object) -> object:
@@ -73,7 +73,7 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
         close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
         raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
     values = {key: meant(wanted.get(key, default), default) for key, default in defaults.items()}
-    for name, (_, parameters) in notebooks.items():
-        check_parameters({key: values[f"{name}.{key}"] for key in parameters}, section=f"{name}.")
-        check_output_dir(values[f"{name}.output_dir"])
+    for name, (_, own) in notebooks.items():
+        parameters.check({key: values[f"{name}.{key}"] for key in own}, section=f"{name}.")
+        machine.check_output_dir(values[f"{name}.output_dir"])
     return values

@@ -40,7 +40,7 @@ RULES = ROOT / "data/filter_rules_2024.json"
 def grow(source: str, target: Path, rows: int) -> None:
     """Write `rows` rows made from those of `source`; the same file for the same arguments."""
     chance = random.Random(0)
-    given = helpers.load_rows(source)
+    given = helpers.files.load_rows(source)
     texts = [turn["content"] for row in given for turn in row["conversations"] if isinstance(turn.get("content"), str)]
     counts = Counter("".join(texts))
     rare = {character for character, count in counts.items() if count < 20}
@@ -62,7 +62,7 @@ def grow(source: str, target: Path, rows: int) -> None:
                 turns.append({**turn, "content": "".join(parts)})
             yield {"id": f"grown-{number:06}", "conversations": turns}
 
-    helpers.write_jsonl(target, grown())
+    helpers.files.write_jsonl(target, grown())
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
@@ -89,10 +89,14 @@ def plain(source: Path, target: Path) -> int:
     return filter_2024.filter_file(source, target, RULES)
 
 
+def load(source: Path) -> list[helpers.Parsed]:
+    return [helpers.parse_row(row) for row in helpers.files.load_rows(source)]
+
+
 def ours(source: Path, output_dir: Path) -> dict[str, Any]:
-    rules = helpers.load_rules(RULES)
-    kept, dropped, report = helpers.filter_rows(helpers.load_rows(str(source)), rules)
-    helpers.save_filtered(output_dir, kept, dropped, report)
+    rules = helpers.files.load_rules(RULES)
+    kept, dropped, report = helpers.filter_rows(load(source), rules)
+    helpers.files.save_filtered(output_dir, kept, dropped, report)
     return report
 
 
@@ -105,7 +109,7 @@ def texts_for_cld2(source: Path) -> list[str]:
         return detect(text, **options)
 
     pycld2.detect = noted
-    helpers.filter_rows(helpers.load_rows(str(source)), helpers.load_rules(RULES))
+    helpers.filter_rows(load(source), helpers.files.load_rules(RULES))
     pycld2.detect = detect
     return texts
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import helpers  # noqa: E402
 
-OLD, NEW = (helpers.load_rules(ROOT / f"data/filter_rules_{name}.json") for name in ("2024", "reviewed"))
+OLD, NEW = (helpers.files.load_rules(ROOT / f"data/filter_rules_{name}.json") for name in ("2024", "reviewed"))
 # fullwidth letters and a system turn are no fault; a second turn is one only if it is foreign
 GOOD = ("clean", "fullwidth", "system")
 RULES = {
@@ -47,7 +47,6 @@ def without(wanted: Callable[[str], bool]) -> helpers.FilterRules:
 
 DECISIONS = {
     "reviewed": NEW,
-    "with `rare_share` 0.00015": replace(NEW, rare_share=0.00015),
     "with every mention of a language (ドイツ語)": replace(NEW, ng=NEW.ng + LANGUAGES),
     "without ドイツ語で, ドイツ語に": without(lambda s: s.removesuffix("で").removesuffix("に") in LANGUAGES),
     "without 翻訳, 英訳, 英語:": without(lambda s: s in ("翻訳", "英訳", "英語訳", "英語:", "ヘブライ語：")),
@@ -78,10 +77,11 @@ def kind(row: dict) -> str:
 
 def dealt_with(rows: list[dict], rules: helpers.FilterRules) -> list[str]:
     """What became of each row: "dropped", "corrected" or "kept"."""
-    kept, dropped, _ = helpers.filter_rows(rows, rules)
+    parsed = list(map(helpers.parse_row, rows))
+    kept, dropped, _ = helpers.filter_rows(parsed, rules)
     ends = dict.fromkeys((record["number"] - 1 for record in dropped), "dropped")
     for number, row in zip((n for n in range(len(rows)) if n not in ends), kept, strict=True):
-        given = helpers.row_texts(rows[number], OLD)[0]
+        given = helpers.row_texts(parsed[number], OLD)[0]
         was, text = given["instruction"] + given["response"], row["instruction"] + row["response"]
         composed = unicodedata.normalize("NFC", was)
         right = {"nfd": composed, "compat": composed, "emoji": was.replace("♪", "").replace("😢", "")}
@@ -97,7 +97,7 @@ def shares(kinds: list[str], ends: list[str]) -> tuple[float, float]:
 
 
 def main(source: str) -> None:
-    rows = helpers.load_rows(source)
+    rows = helpers.files.load_rows(source)
     kinds = list(map(kind, rows))
     print(f"{len(rows):,} rows, {sum(name in GOOD for name in kinds):,} of them good\n")
     print("| rules | rows kept | good rows kept | contamination dropped or corrected |\n|---|---|---|---|")

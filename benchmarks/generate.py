@@ -165,28 +165,28 @@ def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -
     import torch
     from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-    from helpers import Decoding, SlotDecoder, add_adapter_in_place, answer_in_slots, slots_that_fit
+    import helpers
 
     if memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / total)
     model = load(folder, "transformers", tiny)
-    add_adapter_in_place(model)  # as notebook 4 does
+    helpers.lora.add_in_place(model)  # as notebook 4 does
     prompts, lengths = make_tasks(count, tiny, model.config.vocab_size)
     process = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.1), NoBadWordsLogitsProcessor(BANNED)])
     columns = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
-    number = slots_that_fit(model, columns, wanted)
+    number = helpers.slots.that_fit(model, columns, wanted)
 
     def never(history, _scores):
         return torch.zeros(len(history), dtype=torch.bool, device=history.device)
 
-    decoding = Decoding(answer_in_slots, number, process, never)
+    decoding = helpers.answers.Decoding(number, process, never, penalize_prompt=True)
     started = time.time()
     warm_up = [prompts[0][:2048], prompts[0][:1000], prompts[0]]  # compiles
-    list(answer_in_slots(model, warm_up, lambda _index: 3, decoding._replace(parallel=1)))
+    list(helpers.slots.answer(model, warm_up, lambda _index: 3, decoding._replace(parallel=1)))
     compile_seconds = time.time() - started
     prompt = prompts[0][:3000]
-    decoder = SlotDecoder(model, 1, len(prompt))
+    decoder = helpers.slots.Decoder(model, 1, len(prompt))
     reading = []
     for _ in range(3):
         started = time.time()
@@ -196,7 +196,7 @@ def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -
     del decoder
     measured = count // 4 if 0 < memory_gib < 30 else count  # with few slots a part shows the rate
     started = time.time()
-    answers = dict(answer_in_slots(model, prompts[:measured], lengths.__getitem__, decoding))
+    answers = dict(helpers.slots.answer(model, prompts[:measured], lengths.__getitem__, decoding))
     rate = sum(lengths[:measured]) / (time.time() - started)
     return {
         "slots": number,

@@ -160,7 +160,7 @@ def load_for_training(folder: str, setting: dict):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    AttentionInterface.register("examples", helpers.example_attention)
+    AttentionInterface.register("examples", helpers.attention.packed)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
@@ -240,8 +240,8 @@ def train(folder: str, name: str, steps: int) -> dict:
             parameter.data = parameter.data.float()
     kept = None
     if setting.get("padding_free"):  # as notebook 3 does
-        helpers.add_adapter_in_place(model)
-        kept = helpers.KeptLayers(trainer) if cuda else None
+        helpers.lora.add_in_place(model)
+        kept = helpers.training.KeptLayers(trainer) if cuda else None
 
     times: list[float] = []
 

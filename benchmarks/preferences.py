@@ -1,4 +1,4 @@
-"""Two questions about a model that notebook 3 has fine-tuned (`merged/`, written with `export_merged`).
+"""Two questions about a model that notebook 3 has fine-tuned (`merged/`, written by export.py).
 
     python benchmarks/preferences.py dpo --model MERGED --rows ROWS.jsonl --count 2000 --out DIR --seed 1
     python benchmarks/preferences.py mbr --model MERGED --tasks TASKS.jsonl --out DIR --seed 1
@@ -37,8 +37,8 @@ SAMPLES, SAMPLE = 8, GREEDY | OWN_ANSWER | {"temperature": 0.7}
 
 def load(name: str) -> tuple[Any, Any]:
     """The model with the fastest attention that is right for it, and its tokenizer."""
-    dtype = helpers.compute_dtype()
-    model, tokenizer = helpers.load_model(name, "transformers", max_seq_length=MAX_LENGTH, dtype=dtype)
+    dtype = helpers.machine.compute_dtype()
+    model, tokenizer = helpers.models.load(name, "transformers", max_seq_length=MAX_LENGTH, dtype=dtype)
     if not getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("sdpa")  # it leaves out the softcapping of Gemma 2
     return model.eval(), tokenizer
@@ -60,26 +60,26 @@ def write_answers(model: Any, tokenizer: Any, questions: list[str], decoding: di
 
 
 def pair_ids(tokenizer: Any, pair: dict[str, Any]) -> dict[str, list[int]]:
-    """The token ids of a pair (input, output, rejected, cut), named as trl names them.
+    """The token ids of a pair (instruction, response, rejected, cut), named as trl names them.
 
     As in notebook 3 there is one <bos>, in front, and the end token behind each answer; it is missing behind one that
     was cut, because the model did not end there. RecipeError for control tokens anywhere else.
     """
     begin, end = helpers.encode(tokenizer, "").ids, tokenizer.eos_token_id
-    prompt = helpers.encode(tokenizer, helpers.sft_text(pair["input"], "", "")).ids
-    chosen, rejected = (helpers.encode_within(tokenizer, pair[name]) for name in ("output", "rejected"))
+    prompt = helpers.encode(tokenizer, helpers.sft_text(pair["instruction"], "", "")).ids
+    chosen, rejected = (helpers.encode_within(tokenizer, pair[name]) for name in ("response", "rejected"))
     if prompt[: len(begin)] != begin or {*begin, end} & {*prompt[len(begin) :], *chosen, *rejected}:
-        raise helpers.RecipeError(f"no <bos>, or a control token in the middle: {pair['input'][:60]!r}")
+        raise helpers.RecipeError(f"no <bos>, or a control token in the middle: {pair['instruction'][:60]!r}")
     return {"prompt_ids": prompt, "chosen_ids": [*chosen, end], "rejected_ids": rejected + [end] * (not pair["cut"])}
 
 
 def make_pairs(tokenizer: Any, rows: list[dict], answers: list[tuple[str, bool]]) -> tuple[list[dict], Counter]:
-    """Rows (input, output, rejected, cut) with the model's answers as `rejected`; the number left out by reason."""
+    """Rows with the model's answers as `rejected` (see `pair_ids`), and the number left out by reason."""
     pairs, left_out = [], Counter()
     for row, (answer, cut) in zip(rows, answers, strict=True):
         pair = row | {"rejected": answer, "cut": cut}
         prompt, *texts = map(len, pair_ids(tokenizer, pair).values())
-        reasons = {"empty": not answer.strip(), "equal": answer.strip() == row["output"].strip()}
+        reasons = {"empty": not answer.strip(), "equal": answer.strip() == row["response"].strip()}
         reasons["too long"] = prompt + max(texts) > MAX_LENGTH
         left_out.update([name for name, holds in reasons.items() if holds][:1])
         pairs += [] if any(reasons.values()) else [pair]
@@ -100,7 +100,7 @@ def make_trainer(model: Any, tokenizer: Any, pairs: list[dict], out: Path, seed:
     options |= {"bf16": str(model.dtype) == "torch.bfloat16", "use_cpu": model.device.type == "cpu"}
     options |= {"per_device_train_batch_size": PAIRS_AT_A_TIME, "gradient_checkpointing": False}
     options |= {"gradient_accumulation_steps": PAIRS_PER_STEP // PAIRS_AT_A_TIME, "output_dir": str(out)}
-    lora = LoraConfig(**LORA, target_modules=helpers.lora_targets(model.config), task_type="CAUSAL_LM")
+    lora = LoraConfig(**LORA, target_modules=helpers.models.lora_targets(model.config), task_type="CAUSAL_LM")
     data = Dataset.from_list([pair_ids(tokenizer, pair) for pair in pairs])
     args = DPOConfig(**options)
     trainer = PairTrainer(model=model, processing_class=tokenizer, train_dataset=data, args=args, peft_config=lora)
@@ -112,13 +112,13 @@ def make_trainer(model: Any, tokenizer: Any, pairs: list[dict], out: Path, seed:
 
 def train_on_preferences(args: argparse.Namespace) -> dict[str, Any]:
     """Sample, train and save the adapter; returns the report."""
-    inputs = {"model": helpers.model_source(args.model), "train_data": helpers.data_source(args.rows)}
+    inputs = {"model": helpers.records.model_source(args.model), "train_data": helpers.records.data_source(args.rows)}
     model, tokenizer = load(args.model)
-    rows = helpers.load_pairs(args.rows)[: args.count]
+    rows = helpers.files.load_pairs(args.rows)[: args.count]
     started = time.perf_counter()
-    answers = write_answers(model, tokenizer, [row["input"] for row in rows], OWN_ANSWER)
+    answers = write_answers(model, tokenizer, [row["instruction"] for row in rows], OWN_ANSWER)
     pairs, left_out = make_pairs(tokenizer, rows, answers)
-    helpers.write_jsonl(args.out / "pairs.jsonl", pairs)
+    helpers.files.write_jsonl(args.out / "pairs.jsonl", pairs)
     sampled = time.perf_counter()
     model.set_attn_implementation("eager")  # a padded row can have queries that see no key: kernels differ in that
     trainer = make_trainer(model, tokenizer, pairs, args.out, args.seed)
@@ -131,12 +131,12 @@ def train_on_preferences(args: argparse.Namespace) -> dict[str, Any]:
     lm.save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
     settings = TRAINING | LORA | OWN_ANSWER | {"new_tokens": NEW_TOKENS, "pairs_per_step": PAIRS_PER_STEP}
-    settings |= {"seed": args.seed, "count": args.count, "pairs": helpers.sha256_file(args.out / "pairs.jsonl")}
-    record = helpers.make_record("preferences", inputs, settings, ["torch", "transformers", "peft", "trl"])
+    settings |= {"seed": args.seed, "count": args.count, "pairs": helpers.files.sha256(args.out / "pairs.jsonl")}
+    record = helpers.records.make("preferences", inputs, settings, ["torch", "transformers", "peft", "trl"])
     facts = {"rows": len(rows), "pairs": len(pairs), "left out": dict(left_out), "cut": sum(p["cut"] for p in pairs)}
-    card = helpers.model_card("LoRA adapter, trained on preferences", record, ["peft", "lora", "dpo"], facts)
+    card = helpers.records.model_card("LoRA adapter, trained on preferences", record, ["peft", "lora", "dpo"], facts)
     (adapter / "README.md").write_text(card, encoding="utf-8")
-    helpers.write_record(adapter, record)
+    helpers.records.write(adapter, record)
     return {"settings": settings, **facts, "seconds": seconds, "log": trainer.state.log_history}
 
 
@@ -151,7 +151,7 @@ def consensus(answers: list[str]) -> int:
 
 def compare_decoding(args: argparse.Namespace) -> dict[str, Any]:
     """Answer the tasks in three ways and score them; returns the report."""
-    tasks, (model, tokenizer) = helpers.read_tasks(args.tasks), load(args.model)
+    tasks, (model, tokenizer) = helpers.files.load_tasks(args.tasks), load(args.model)
     answers, seconds = {}, {}  # answers: per task one or several (text, cut)
     for name, times, decoding in (("greedy", 1, GREEDY), ("first", 1, SAMPLE), ("others", SAMPLES - 1, SAMPLE)):
         started = time.perf_counter()
@@ -168,12 +168,17 @@ def compare_decoding(args: argparse.Namespace) -> dict[str, Any]:
     for arm, groups in answers.items():
         texts, cut = zip(*(group[0] for group in groups), strict=True)
         file = args.out / arm / "output.jsonl"
-        helpers.write_jsonl(file, [task | {"output": text} for task, text in zip(tasks, texts, strict=True)])
+        helpers.files.write_jsonl(file, [task | {"output": text} for task, text in zip(tasks, texts, strict=True)])
         per_task = helpers.score_texts(tasks, texts, cut)
         scores = {"mean": helpers.summarize_scores(per_task), "near_duplicates": [], "per_task": per_task}
-        scores |= {"tasks_sha256": helpers.digest_tasks(tasks), "output_sha256": helpers.sha256_file(file)}
-        helpers.write_json(file.with_name("scores.json"), scores | {"seconds": seconds[arm]})
-    return {"model": helpers.model_source(args.model), "settings": settings, "seconds": seconds, "samples": samples}
+        scores |= {"tasks_sha256": helpers.digest_tasks(tasks), "output_sha256": helpers.files.sha256(file)}
+        helpers.files.write_json(file.with_name("scores.json"), scores | {"seconds": seconds[arm]})
+    return {
+        "model": helpers.records.model_source(args.model),
+        "settings": settings,
+        "seconds": seconds,
+        "samples": samples,
+    }
 
 
 def main() -> None:
@@ -193,7 +198,7 @@ def main() -> None:
     transformers.set_seed(args.seed)
     report = (train_on_preferences if args.question == "dpo" else compare_decoding)(args)
     report["peak_gpu_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2) if torch.cuda.is_available() else None
-    helpers.write_json(file, report)
+    helpers.files.write_json(file, report)
     print(file, json.dumps({key: value for key, value in report.items() if key not in ("log", "model", "samples")}))
 
 

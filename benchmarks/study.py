@@ -28,14 +28,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import compare  # noqa: E402
 import helpers  # noqa: E402
+from engine import reports  # noqa: E402
 from run_file import read_notebook  # noqa: E402
 
 STUDY = yaml.safe_load((ROOT / "data/runs/study/parts.yaml").read_text(encoding="utf-8"))
 ARMS, SEEDS = STUDY["arms"], STUDY["seeds"]
 MAGPIE = "llm-jp/magpie-sft-v1.0"
-OWN_WORDS = ("rows", "examples", "model", "preferences", "against", "seeds")
+OWN_WORDS = ("rows", "examples", "model", "export", "preferences", "against", "seeds")
 # Columns of the table: what is measured, how it is shown, and its better direction.
 MEASURES = {
     "nll_tasks": ("reference of a task, nats per character", -1),
@@ -58,7 +58,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Write below args.out the rows of every filter and seed (equal tokens), tasks, random examples and a retriever."""
     rules = json.loads((ROOT / "data/filter_rules_2024.json").read_text(encoding="utf-8"))
     off = {"replacements": [], "ng": [], "rare_below": 0, "rare_after_below": 0, "japanese_percent": 0}
-    helpers.write_json(args.out / "no_rules.json", rules | off)
+    helpers.files.write_json(args.out / "no_rules.json", rules | off)
     files = {"none": args.out / "no_rules.json"}
     files |= {name: ROOT / f"data/filter_rules_{name}.json" for name in ("2024", "reviewed")}
     kept = {}
@@ -68,8 +68,8 @@ def prepare(args: argparse.Namespace) -> None:
         if args.dataset != MAGPIE:  # else at the notebook's own revision
             settings += [f"dataset={args.dataset}", "dataset_revision="]
         run_series("02", [*settings, "02_filter_magpie.allow_licences=unknown"], folder / "log.txt", {})
-        kept[name] = {row["id"]: row for row in helpers.load_rows(folder / "filtered_magpie.jsonl")}
-    tokenizer = helpers.load_tokenizer(args.model, "")
+        kept[name] = {row["id"]: row for row in helpers.files.load_rows(folder / "filtered_magpie.jsonl")}
+    tokenizer = helpers.models.load_tokenizer(args.model, "")
     limit = yaml.safe_load((ROOT / "data/runs/study/base.yaml").read_text("utf-8"))["03_sft"]["max_seq_length"]
 
     def tokens(row: dict) -> int:
@@ -88,18 +88,18 @@ def prepare(args: argparse.Namespace) -> None:
                     break
                 drawn.append(rows[key])
                 total[seed] += lengths[key]
-            helpers.write_jsonl(args.out / f"rows/{name}-{seed}.jsonl", drawn)
+            helpers.files.write_jsonl(args.out / f"rows/{name}-{seed}.jsonl", drawn)
         print(f"rows, filter {name}: {len(rows):,} kept; tokens drawn per seed: {total}", flush=True)
-    examples = helpers.load_pairs(args.qa)
+    examples = helpers.files.load_pairs(args.qa)
     for seed in SEEDS:
         for k in {arm["k"] for arm in ARMS.values() if arm.get("examples") == "random"}:
             drawn = random.Random(seed).sample(examples, k)
-            helpers.write_jsonl(args.out / f"examples/{k}-{seed}.jsonl", drawn)
-    shared_words_retriever(args.out / "words", [example["input"] for example in examples])
-    tasks = [task | {"task_id": f"task {task['task_id']}"} for task in helpers.read_tasks(args.tasks)]
+            helpers.files.write_jsonl(args.out / f"examples/{k}-{seed}.jsonl", drawn)
+    shared_words_retriever(args.out / "words", [example["instruction"] for example in examples])
+    tasks = [task | {"task_id": f"task {task['task_id']}"} for task in helpers.files.load_tasks(args.tasks)]
     rows = [kept["reviewed"][key] for key in held_out]
     tasks += [{"task_id": f"row {row['id']}", "input": row["instruction"], "output": row["response"]} for row in rows]
-    helpers.write_jsonl(args.out / "tasks.jsonl", tasks)
+    helpers.files.write_jsonl(args.out / "tasks.jsonl", tasks)
 
 
 def shared_words_retriever(folder: Path, documents: list[str]) -> None:
@@ -215,6 +215,8 @@ class Runner:
         started = time.time()
         try:
             run_series(notebooks, [f"{key}={value}" for key, value in settings.items()], log, environment)
+            if "export" in values:
+                execute([sys.executable, "export.py", str(folder)], log, environment)
             print(f"{arm}, seed {seed}: {time.time() - started:.0f} s", flush=True)
         except helpers.RecipeError as error:
             print(f"{arm}, seed {seed}: failed, {error}", flush=True)
@@ -309,7 +311,7 @@ def effects_table(table: pd.DataFrame, scores: pd.DataFrame) -> str:
             cells[row.measure] = text if row.verdict == UNTOLD else f"**{text}** {row.verdict}"
         seeds = "" if part["seeds"].min() >= len(SEEDS) else f" ({part['seeds'].min()} seeds: no claim)"
         lines.append([arm + seeds, against, *cells.values()])
-    return compare.markdown(pd.DataFrame(lines, columns=head))
+    return reports.markdown(head, lines)
 
 
 def plot(table: pd.DataFrame) -> object:
@@ -346,11 +348,11 @@ def report(scores: pd.DataFrame, folder: Path, picture: Path) -> None:
     """Print the table; write effects.csv and table.md into `folder`, and the picture."""
     table = effects(scores)
     text = effects_table(table, scores)
-    with helpers.atomic_write(folder / "effects.csv") as file:
+    with helpers.files.atomic_write(folder / "effects.csv") as file:
         table.drop(columns="same_sign").to_csv(file, index=False, float_format="%.5g", lineterminator="\n")
-    with helpers.atomic_write(folder / "table.md") as file:
+    with helpers.files.atomic_write(folder / "table.md") as file:
         file.write(text)
-    with helpers.atomic_write(picture, binary=True) as file:
+    with helpers.files.atomic_write(picture, binary=True) as file:
         plot(table).savefig(file, dpi=110, format="png")
     print(f"\n{text}\n{len(table)} comparisons; bold: clear at 5 % after Holm's correction, the same sign in all seeds")
 
@@ -382,7 +384,7 @@ def main() -> None:
         runner.start(arm, seed)
     failed = [name for name, future in runner.runs.items() if future.exception()]
     scores = collect(runner)
-    with helpers.atomic_write(args.out / "scores.csv") as file:
+    with helpers.files.atomic_write(args.out / "scores.csv") as file:
         scores.to_csv(file, index=False, lineterminator="\n")
     print(f"{len(runner.runs)} runs, {len(failed)} failed, {time.time() - started:.0f} s")
     report(scores, args.out, args.out / "study.png")

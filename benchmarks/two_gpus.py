@@ -80,7 +80,7 @@ class StepClock(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         rows, count = self.rows, gradient_accumulation_steps
         tokens = [sum(rows[first : first + count]) for first in range(0, len(rows), count)]
-        helpers.write_json(
+        helpers.files.write_json(
             Path(output_dir, f"clock.{args.process_index}.json"),
             {"first_step": state.global_step - len(self.ends) + 1, "ends": self.ends, "tokens": tokens},
         )
@@ -185,8 +185,8 @@ def prepare(out: Path, name: str, options: argparse.Namespace) -> dict:
             return {"error": f"{command[0]} failed: {done.stderr[-2000:]}"}
     if notebook == "03_sft":
         script = (folder / "03.py").read_text(encoding="utf-8")
-        before, after = script.split("try:\n    helpers.train(")
-        (folder / "03.py").write_text(f"{before}{CLOCK}try:\n    helpers.train({after}", encoding="utf-8")
+        before, after = script.split("try:\n    helpers.training.run(")
+        (folder / "03.py").write_text(f"{before}{CLOCK}try:\n    helpers.training.run({after}", encoding="utf-8")
     return {}
 
 

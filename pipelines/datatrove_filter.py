@@ -44,45 +44,52 @@ class Stage(PipelineStep):
         parts = [np.load(path) for path in self.parts.glob(f"{name}-*.npz")]
         return sum(int(part["rows"]) for part in parts), sum(part["counts"] for part in parts)
 
+    def read(self, index):
+        """The rows of a file."""
+        return [helpers.parse_row(row) for row in helpers.files.load_rows(self.files[index])]
+
     def count(self, rank, files):
         rows, counts = 0, 0
         for index in files:
-            texts = [helpers.row_texts(row, self.rules)[0] for row in helpers.load_rows(self.files[index])]
-            rows, counts = rows + len(texts), counts + helpers.count_characters(texts, self.rules)
+            texts = [helpers.row_texts(row, self.rules)[0] for row in self.read(index)]
+            rows, counts = rows + len(texts), counts + helpers.count_characters(texts)
         np.savez_compressed(self.parts / f"count-{rank:06}.npz", rows=rows, counts=counts)
 
     def judge(self, rank, files):
-        (rows, counts), counts_after = self.total("count"), 0
-        rare = helpers.rare_characters(counts, self.rules.limits(rows)[0])
+        (_, counts), counts_after = self.total("count"), 0
+        rare = helpers.rare_characters(counts, self.rules.rare_below)
         for index in files:
-            file_rows = helpers.load_rows(self.files[index])
-            read = (helpers.row_texts(row, self.rules) for row in file_rows)
-            passed, dropped, _ = helpers.judge_rows(file_rows, read, self.rules, rare)
-            counts_after = counts_after + helpers.count_characters((texts for _, _, texts in passed), self.rules)
-            helpers.write_jsonl(self.parts / f"judged-{index:06}.jsonl", [{"passed": passed, "dropped": dropped}])
+            rows = self.read(index)
+            texts_of = (helpers.row_texts(row, self.rules) for row in rows)
+            passed, dropped, _ = helpers.judge_rows(rows, texts_of, self.rules, rare)
+            counts_after = counts_after + helpers.count_characters(texts for _, _, texts in passed)
+            passed = [(number, row.row, texts) for number, row, texts in passed]
+            helpers.files.write_jsonl(self.parts / f"judged-{index:06}.jsonl", [{"passed": passed, "dropped": dropped}])
         np.savez_compressed(self.parts / f"again-{rank:06}.npz", rows=0, counts=counts_after)
 
     def write(self, rank, files):
-        rare = helpers.rare_characters(self.total("again")[1], self.rules.limits(0)[1])
+        rare = helpers.rare_characters(self.total("again")[1], self.rules.rare_after_below)
         for index in files:
-            judged = helpers.load_rows(self.parts / f"judged-{index:06}.jsonl")[0]
-            passed, late = helpers.drop_rare_afterwards(judged["passed"], rare)
+            judged = helpers.files.load_rows(self.parts / f"judged-{index:06}.jsonl")[0]
+            passed = [(number, helpers.parse_row(row), texts) for number, row, texts in judged["passed"]]
+            passed, late = helpers.drop_rare_afterwards(passed, rare)
             dropped = judged["dropped"] + late
             kept = (helpers.written_row(row, texts, self.rules) for _, row, texts in passed)
-            helpers.write_jsonl(self.parts / f"filtered_magpie-{index:06}.jsonl", kept)
-            helpers.write_jsonl(self.parts / f"dropped_magpie-{index:06}.jsonl", dropped)
+            helpers.files.write_jsonl(self.parts / f"filtered_magpie-{index:06}.jsonl", kept)
+            helpers.files.write_jsonl(self.parts / f"dropped_magpie-{index:06}.jsonl", dropped)
             reasons = Counter(record["reason"] for record in dropped)
-            helpers.write_jsonl(self.parts / f"reasons-{index:06}.jsonl", [{"kept": len(passed), **reasons}])
+            helpers.files.write_jsonl(self.parts / f"reasons-{index:06}.jsonl", [{"kept": len(passed), **reasons}])
 
     def join(self, rank, files):
         for name in ("filtered_magpie", "dropped_magpie"):
-            with helpers.atomic_write(self.output_dir / f"{name}.jsonl", binary=True) as joined:
+            with helpers.files.atomic_write(self.output_dir / f"{name}.jsonl", binary=True) as joined:
                 for index in files:
                     with open(self.parts / f"{name}-{index:06}.jsonl", "rb") as file:
                         shutil.copyfileobj(file, joined)
-        reasons = sum((Counter(*helpers.load_rows(path)) for path in self.parts.glob("reasons-*.jsonl")), Counter())
+        counted = [Counter(*helpers.files.load_rows(path)) for path in self.parts.glob("reasons-*.jsonl")]
+        reasons = sum(counted, Counter())
         report = helpers.filter_counts(self.total("count")[0], reasons.pop("kept", 0), reasons)
-        helpers.write_json(self.output_dir / "filter_report.json", report)
+        helpers.files.write_json(self.output_dir / "filter_report.json", report)
 
 
 if __name__ == "__main__":
@@ -93,7 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     options, executor = parser.parse_args(), None
-    arguments = options.source, options.output_dir, helpers.load_rules(options.rules)
+    arguments = options.source, options.output_dir, helpers.files.load_rules(options.rules)
     if not Stage("", *arguments).files:
         parser.error(f"{options.source}: no folder with .jsonl, .jsonl.gz or .parquet files")
     for name, tasks in {**dict.fromkeys(("count", "judge", "write"), options.tasks), "join": 1}.items():

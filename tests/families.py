@@ -27,7 +27,7 @@ GENERATION = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "do_sample":
 
 def sample_texts() -> list[str]:
     """Questions, answers and prompts of the sample, for the tokenizers to learn from."""
-    qa = helpers.load_rows(ROOT / "data/sample/qa.jsonl")
+    qa = helpers.files.load_rows(ROOT / "data/sample/qa.jsonl")
     return [text for row in qa for text in (row["input"], row["output"], helpers.sft_text(row["input"], "", ""))]
 
 
@@ -201,13 +201,13 @@ def run_notebook(name: str, **parameters) -> dict:
 
 def run_series(checkpoint: Path, folder: Path, engine: str) -> dict[str, dict]:
     """Notebooks 01, 03 and 04 on a checkpoint, two steps of training; returns the names of each."""
-    rows = helpers.load_rows(ROOT / "data/sample/qa.jsonl")[:8]
+    rows = helpers.files.load_rows(ROOT / "data/sample/qa.jsonl")[:8]
     pairs = [{"instruction": row["input"], "response": row["output"][:80]} for row in rows]
-    tasks = helpers.load_rows(ROOT / "data/sample/tasks.jsonl")[:4]
+    tasks = helpers.files.load_rows(ROOT / "data/sample/tasks.jsonl")[:4]
     folder.mkdir(parents=True, exist_ok=True)
     train_data, tasks_file = folder / "train.jsonl", folder / "tasks.jsonl"
-    helpers.write_jsonl(train_data, pairs)
-    helpers.write_jsonl(tasks_file, tasks)
+    helpers.files.write_jsonl(train_data, pairs)
+    helpers.files.write_jsonl(tasks_file, tasks)
     common = {"output_dir": str(folder / "run"), "engine": engine}
     data = {"train_data": str(train_data), "qa_data": str(ROOT / "data/sample/qa.jsonl")}
     few = {
@@ -250,23 +250,23 @@ def rules(tokenizer, ends: list[int]):
     return names["process"], names["stop"]
 
 
-PROMPTS = [helpers.build_prompt(task["input"], []) for task in helpers.read_tasks("data/sample/tasks.jsonl")[:6]]
+PROMPTS = [helpers.build_prompt(task["input"], []) for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]]
 
 
 def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, list[list[int]]]:
     """Answers in float32 with the plain loop, in slots (engine transformers) and in batches, in the prompts' order."""
-    model, tokenizer = helpers.load_model(str(checkpoint), engine, max_seq_length=2048, dtype="float32")
+    model, tokenizer = helpers.models.load(str(checkpoint), engine, max_seq_length=2048, dtype="float32")
     if adapter:
-        model = helpers.load_adapter(model, adapter)
+        model = helpers.models.load_adapter(model, adapter)
     model.eval()
     prompts, ends = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS], model.generation_config.eos_token_id
     found = {"loop": [greedy(model, prompt, 16, *rules(tokenizer, ends)) for prompt in prompts]}
     process, stop = rules(tokenizer, ends)
-    ways = {"slots": helpers.answer_in_slots, "batches": helpers.answer_in_batches}
-    if engine != "transformers" or not helpers.slots_agree(model, prompts[0]):
+    ways = {"slots": helpers.slots.answer, "batches": helpers.answers.in_batches}
+    if engine != "transformers" or not helpers.slots.scores_agree(model, prompts[0]):
         del ways["slots"]
     for name, generate in ways.items():
-        decoding = helpers.Decoding(generate, 3, process, stop)
+        decoding = helpers.answers.Decoding(generate, 3, process, stop)
         answers = dict(generate(model, prompts, lambda _: 16, decoding))
         found[name] = [answers[i] for i in range(len(prompts))]
     return found
@@ -276,11 +276,11 @@ def row_difference(checkpoint: Path) -> float | None:
     """The largest difference of a logit, in float32, between a row of three texts and the texts alone; None: padded."""
     import torch
 
-    model, tokenizer = helpers.load_model(str(checkpoint), "transformers", max_seq_length=2048, dtype="float32")
+    model, tokenizer = helpers.models.load(str(checkpoint), "transformers", max_seq_length=2048, dtype="float32")
     texts = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS[:3]]
     with torch.no_grad():
         alone = torch.cat([model(torch.tensor([ids]), use_cache=False).logits[0] for ids in texts])
-        if not helpers.train_without_padding(model, texts):
+        if not helpers.training.try_without_padding(model, texts):
             return None
         row = torch.tensor([[token for ids in texts for token in ids]])
         positions = torch.cat([torch.arange(len(ids)) for ids in texts])[None]
@@ -294,7 +294,7 @@ def untrained(folder: Path, model) -> int:
 
     weights = load_file(folder / "adapter_model.safetensors")
     trained = {name.split(".lora_B")[0].removeprefix("base_model.model.") for name, w in weights.items() if w.any()}
-    return len(helpers.layer_matrices(helpers.empty_model(model)).keys() - trained)
+    return len(helpers.models.linear_layers(helpers.models.empty(model)).keys() - trained)
 
 
 def table_row(family: str, engine: str, folder: Path) -> dict[str, str]:
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     options = parser.parse_args()
-    helpers.start_engine(options.engine)
+    helpers.machine.start_engine(options.engine)
     rows = []
     for family in options.families:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):

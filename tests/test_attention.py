@@ -11,7 +11,8 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from helpers import Decoding, RecipeError, answer_in_slots, example_attention, refuse_arguments
+import helpers
+from helpers import RecipeError
 
 LENGTHS = [50, 9, 70, 33]
 
@@ -42,7 +43,7 @@ def model():
 
 def test_examples_end_to_end_do_not_see_each_other(model):
     """A row of four examples gives each the logits and gradients that it has alone with eager attention."""
-    AttentionInterface.register("examples", example_attention)
+    AttentionInterface.register("examples", helpers.attention.packed)
     examples = [torch.randint(4, 512, (length,)) for length in LENGTHS]
     alone = torch.cat([model(example[None]).logits[0] for example in examples])
     alone.logsumexp(-1).sum().backward()
@@ -69,9 +70,9 @@ def test_attention_refuses_what_it_does_not_know(arguments):
     """Sinks, masks of the model's own, dropout: left out in silence, they would give other answers."""
     (name,) = arguments
     with pytest.raises(RecipeError, match=f"attention uses {name}, which is not known here"):
-        refuse_arguments(arguments)
+        helpers.attention.refuse_arguments(arguments)
     harmless = {"dropout": 0.0, "use_cache": False, "return_dict": True, "num_items_in_batch": torch.tensor(7)}
-    refuse_arguments(harmless | {"attention_mask": None})
+    helpers.attention.refuse_arguments(harmless | {"attention_mask": None})
 
 
 @pytest.mark.parametrize("slots", [1, 3, 6])
@@ -97,5 +98,5 @@ def test_slots_answer_like_generate_one_by_one(model, slots, penalize_prompt):
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=length, **options)[0]
         expected[index] = answer[len(prompt) :].tolist()
     never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
-    decoding = Decoding(answer_in_slots, slots, processors(), never, penalize_prompt)
-    assert dict(answer_in_slots(model, prompts, lengths.__getitem__, decoding)) == expected
+    decoding = helpers.answers.Decoding(helpers.slots.answer, slots, processors(), never, penalize_prompt)
+    assert dict(helpers.slots.answer(model, prompts, lengths.__getitem__, decoding)) == expected

@@ -21,20 +21,20 @@ def finished_run(folder, chrf, tasks=None, copies=(), **settings):
     folder.mkdir(parents=True)
     tasks = tasks or [{"task_id": i, "input": f"課題{i}", "output": "答え"} for i in range(len(chrf))]
     rows = [{"task_id": task["task_id"], "input": task["input"], "output": str(folder)} for task in tasks]
-    helpers.write_jsonl(folder / "output.jsonl", rows)
+    helpers.files.write_jsonl(folder / "output.jsonl", rows)
     scored = [
         {"task_id": task["task_id"], "chrf": float(value), "judge": 3 if i else None, "japanese": None}
         for i, (task, value) in enumerate(zip(tasks, chrf, strict=True))
     ]
     scores = {
         "near_duplicates": [{"task_id": task_id} for task_id in copies],
-        "output_sha256": helpers.sha256_file(folder / "output.jsonl"),
+        "output_sha256": helpers.files.sha256(folder / "output.jsonl"),
         "tasks_sha256": helpers.digest([[task["task_id"], task["input"], task["output"]] for task in tasks]),
         "per_task": scored,
     }
-    helpers.write_json(folder / "scores.json", scores)
+    helpers.files.write_json(folder / "scores.json", scores)
     parts = {"code": "a" * 64, "helpers.py": "b" * 64, "output_dir": str(folder), **settings}
-    helpers.write_json(folder / "run.json", {"04_rag_inference": {"parts": parts}})
+    helpers.files.write_json(folder / "run.json", {"04_rag_inference": {"parts": parts}})
     return folder
 
 
@@ -233,7 +233,7 @@ def test_command_line(tmp_path, smoke, noise):
 def test_sweep_table_shows_what_differs_and_what_was_measured(tmp_path):
     for r, loss in ((8, 2.5), (16, 2.25)):
         parts = {"r": r, "seed": 1, "output_dir": f"r{r}", "code": "0123456789abcdef"}
-        helpers.write_json(tmp_path / f"r{r}/run.json", {"03_sft": {"parts": parts}})
+        helpers.files.write_json(tmp_path / f"r{r}/run.json", {"03_sft": {"parts": parts}})
         metrics = {
             "first_loss": 3.0,
             "last_loss": loss,
@@ -241,7 +241,7 @@ def test_sweep_table_shows_what_differs_and_what_was_measured(tmp_path):
             "tokens_per_second": 100.0,
             "peak_gpu_gib": None,
         }
-        helpers.write_json(tmp_path / f"r{r}/sft_metrics.json", metrics)
+        helpers.files.write_json(tmp_path / f"r{r}/sft_metrics.json", metrics)
     header, _, first, second = sweep_table([tmp_path / "r8", tmp_path / "r16"]).splitlines()
     assert header.startswith("| run | 03_sft.r | first loss | last loss | held-out loss |")
     assert first.startswith("| r8 | 8 | 3 | 2.5 | 2.75 | 100 |")

@@ -62,7 +62,7 @@ def config_only(kind, folder, **values):
 def test_models_that_do_not_fit_are_refused_by_their_config(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match=message):
-        helpers.text_config(str(tmp_path), max_seq_length=1024)
+        helpers.models.text_config(str(tmp_path), max_seq_length=1024)
 
 
 def test_experts_would_stay_untrained(tmp_path):
@@ -100,7 +100,7 @@ def test_other_attention_is_left_to_the_model_itself(tmp_path, capsys, monkeypat
     """Then rows are padded, and generate() answers like the loop; a line says why."""
     checkpoint = families.make_checkpoint(family, tmp_path, **values)
     if known:
-        monkeypatch.setattr(helpers, "KNOWN_MODELS", (AutoConfig.from_pretrained(checkpoint).model_type,))
+        monkeypatch.setattr(helpers.attention, "KNOWN_MODELS", (AutoConfig.from_pretrained(checkpoint).model_type,))
     assert families.row_difference(checkpoint) is None
     printed = capsys.readouterr().out
     assert said in printed and "texts are padded instead" in printed
@@ -114,15 +114,15 @@ def test_other_attention_is_left_to_the_model_itself(tmp_path, capsys, monkeypat
 def test_rounding_in_16_bit_is_told_from_a_wrong_mask(tmp_path):
     """A row in which the second text sees the first gives other scores only at the second text's first tokens."""
     checkpoint = families.make_checkpoint("mistral", tmp_path)
-    model, tokenizer = helpers.load_model(str(checkpoint), "transformers", max_seq_length=512)
+    model, tokenizer = helpers.models.load(str(checkpoint), "transformers", max_seq_length=512)
     texts = [torch.tensor([helpers.encode(tokenizer, prompt).ids[:200]]) for prompt in families.PROMPTS[:2]]
     row, positions = torch.cat(texts, dim=1), torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
     with torch.no_grad():
         alone = torch.cat([model(text).logits for text in texts], dim=1)
         mixed = model(row, attention_mask=torch.ones_like(row), position_ids=positions).logits
-    assert helpers.agree(alone * 1.01, alone)
-    assert not helpers.agree(mixed, alone)
-    assert not helpers.agree(mixed * torch.nan, alone)
+    assert helpers.attention.scores_agree(alone * 1.01, alone)
+    assert not helpers.attention.scores_agree(mixed, alone)
+    assert not helpers.attention.scores_agree(mixed * torch.nan, alone)
 
 
 def test_both_engines_end_at_all_end_tokens_of_the_model(tmp_path):
@@ -140,18 +140,18 @@ def test_rules_see_no_padding():
     """Token 3 was written in both rows, 0 in none; the second row is shorter."""
     scores = torch.ones(2, 6)
     history = torch.tensor([[4, 3, 5], [6, 6, 3]])
-    found = helpers.apply_rules(RepetitionPenaltyLogitsProcessor(2.0), history, scores)
+    found = helpers.answers.apply_rules(RepetitionPenaltyLogitsProcessor(2.0), history, scores)
     assert found.tolist() == [[1, 1, 1, 0.5, 0.5, 0.5], [1, 1, 1, 0.5, 1, 1]]
 
 
-@pytest.mark.parametrize("generate", [helpers.answer_in_slots, helpers.answer_in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
 @pytest.mark.parametrize("penalize_prompt", [True, False])
 def test_histories_hold_what_was_read_and_written_and_nothing_else(tmp_path, generate, penalize_prompt):
     """Prompts of different lengths together, and a pad token that is the end token: every row of a history is the
     beginning of its own text.
     """
     checkpoint = families.make_checkpoint("qwen3", tmp_path)
-    model, _ = helpers.load_model(str(checkpoint), "transformers", max_seq_length=512, dtype="float32")
+    model, _ = helpers.models.load(str(checkpoint), "transformers", max_seq_length=512, dtype="float32")
     prompts, seen = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]], []
 
     def watch(history, scores):
@@ -160,7 +160,7 @@ def test_histories_hold_what_was_read_and_written_and_nothing_else(tmp_path, gen
         return scores
 
     never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
-    decoding = helpers.Decoding(generate, 3, watch, never, penalize_prompt)
+    decoding = helpers.answers.Decoding(generate, 3, watch, never, penalize_prompt)
     answers = dict(generate(model, prompts, lambda _: 4, decoding))
     texts = [(prompt if penalize_prompt else []) + answers[i] for i, prompt in enumerate(prompts)]
     expected = [text[: len(text) - 4 + step] for text in texts for step in range(4)]
@@ -183,7 +183,7 @@ def test_banned_words_cannot_be_written_anywhere(family):
 @pytest.mark.parametrize(
     ("family", "pad", "template"),
     [
-        ("gemma2", "<pad>", helpers.GEMMA_CHAT_TEMPLATE),
+        ("gemma2", "<pad>", helpers.models.GEMMA_CHAT_TEMPLATE),
         ("llama3", "<|reserved_special_token_0|>", None),
         ("llm-jp", "<PAD|LLM-jp>", None),
         ("mistral", "<unk>", None),
@@ -194,7 +194,7 @@ def test_banned_words_cannot_be_written_anywhere(family):
 def test_pad_token_and_chat_template(tmp_path, family, pad, template):
     families.FAMILIES[family][2]().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    tokenizer = helpers.load_tokenizer(str(tmp_path))
+    tokenizer = helpers.models.load_tokenizer(str(tmp_path))
     assert (tokenizer.pad_token, tokenizer.chat_template) == (pad, template)
     assert tokenizer.pad_token_id < len(families.FAMILIES[family][2]())  # no token was added
 
@@ -213,7 +213,7 @@ def test_values_for_sampling_do_not_stop_the_saving(tmp_path):
     checkpoint = families.make_checkpoint("llama3", tmp_path / "base")
     values = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
     (checkpoint / "generation_config.json").write_text(json.dumps(values))
-    model = helpers.load_weights(str(checkpoint), helpers.text_config(str(checkpoint)), device_map="cpu")
+    model = helpers.models.load_weights(str(checkpoint), helpers.models.text_config(str(checkpoint)), device_map="cpu")
     model.save_pretrained(tmp_path / "saved")
 
 
@@ -230,9 +230,9 @@ def test_values_for_sampling_do_not_stop_the_saving(tmp_path):
 def test_the_card_has_the_licence_of_the_base_and_says_what_it_asks_for(tmp_path, card, licence, said):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
-    record = helpers.make_record("01", {"model": helpers.model_source(str(tmp_path))}, {}, [])
-    helpers.check_licences(record["inputs"])  # a model's licence is shown, not judged
-    text = helpers.model_card("T", record, [], {})
+    record = helpers.records.make("01", {"model": helpers.records.model_source(str(tmp_path))}, {}, [])
+    helpers.records.check_licences(record["inputs"])  # a model's licence is shown, not judged
+    text = helpers.records.model_card("T", record, [], {})
     data = ModelCard(text).data
     assert data.license == licence
     assert (data.license_name, data.license_link) == (("qwen", "https://a/b") if licence == "other" else (None, None))

@@ -40,7 +40,7 @@ def pack(model):
                     new.load_state_dict(old.state_dict())
                     setattr(parent, name, new)
     model = model.to("cpu")  # quantizes
-    helpers.keep_weights_unpacked(model)
+    helpers.models.keep_weights_unpacked(model)
     return model
 
 
@@ -80,7 +80,7 @@ def test_adapter_in_place_gives_the_loss_and_gradients_of_peft(family, four_bit,
     randomize_b(model)
     expected = loss_and_gradients(model)
     names = set(model.state_dict())
-    replaced = helpers.add_adapter_in_place(model)
+    replaced = helpers.lora.add_in_place(model)
     assert replaced == 2 * 8  # seven layers and the MLP of two blocks
     found = loss_and_gradients(model)
     assert set(model.state_dict()) == names
@@ -94,7 +94,7 @@ def test_adapter_in_place_gives_the_loss_and_gradients_of_peft(family, four_bit,
 @pytest.mark.parametrize("family", [gemma2, qwen2])
 def test_rows_on_a_gpu_give_the_loss_and_gradients_of_the_cpu(family):
     """In float32, with the compiled attention and with some layers checkpointed, against peft's own way on the CPU."""
-    AttentionInterface.register("examples", helpers.example_attention)
+    AttentionInterface.register("examples", helpers.attention.packed)
     torch.manual_seed(0)
     model = adapted(family())
     randomize_b(model)
@@ -105,7 +105,7 @@ def test_rows_on_a_gpu_give_the_loss_and_gradients_of_the_cpu(family):
     for device in ("cpu", "cuda"):
         model.to(device).zero_grad()
         if device == "cuda":
-            assert helpers.add_adapter_in_place(model) == 2 * 8
+            assert helpers.lora.add_in_place(model) == 2 * 8
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
             model.base_model.model.model.layers[1].gradient_checkpointing = False
@@ -133,7 +133,7 @@ def attention_of(states, positions, softcap, device):
     query, key, value = (state.to(device) for state in states)
     options = {"scaling": query.shape[3] ** -0.5, "softcap": softcap, "sliding_window": 64}
     options |= {"position_ids": positions.to(device)}
-    return helpers.example_attention(None, query, key, value, None, **options)[0].cpu()
+    return helpers.attention.packed(None, query, key, value, None, **options)[0].cpu()
 
 
 def test_adapter_in_place_can_be_switched_off():
@@ -142,7 +142,7 @@ def test_adapter_in_place_can_be_switched_off():
     ids = torch.arange(2, 302)[None]
     with torch.no_grad(), model.disable_adapter():
         expected = model(ids).logits
-    helpers.add_adapter_in_place(model)
+    helpers.lora.add_in_place(model)
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(ids).logits, expected)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_adapter_in_place_can_be_switched_off():
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_what_is_more_than_a_plain_adapter_is_left_to_peft(options):
-    assert helpers.add_adapter_in_place(adapted(gemma2(), **options)) == 0
+    assert helpers.lora.add_in_place(adapted(gemma2(), **options)) == 0
 
 
 def test_an_mlp_that_computes_something_else_is_left_alone():
@@ -163,7 +163,7 @@ def test_an_mlp_that_computes_something_else_is_left_alone():
     model = adapted(model)
     randomize_b(model)
     expected = loss_and_gradients(model)
-    assert helpers.add_adapter_in_place(model) == 2 * 7
+    assert helpers.lora.add_in_place(model) == 2 * 7
     torch.testing.assert_close(loss_and_gradients(model), expected, rtol=2e-4, atol=1e-6)
 
 
@@ -203,7 +203,7 @@ def test_a_row_that_does_not_fit_is_computed_again_and_changes_nothing(gpu_of_te
     randomize_b(model)
     expected = gradients_of_three_rows(Trainer(model))
     trainer = Trainer(model)
-    kept = helpers.KeptLayers(trainer)
+    kept = helpers.training.KeptLayers(trainer)
     failures = iter([False, True])
 
     def fail(*_):
@@ -220,7 +220,7 @@ def test_layers_are_kept_as_long_as_memory_lasts(gpu_of_ten_gib):
     """8 of 10 GiB are free beside the margin: 2 for the rest of a step, 3 for each layer."""
     model = adapted(gemma2())
     model.gradient_checkpointing_enable()
-    kept = helpers.KeptLayers(Trainer(model))
+    kept = helpers.training.KeptLayers(Trainer(model))
     kept.layer_bytes, kept.rest_bytes, kept.rest_tokens = 3 * 2**30 / 4096, 2 * 2**30, 4096
     for tokens, expected in ((1024, 2), (4096, 2), (5120, 1), (16384, 0)):
         kept.tokens = tokens
@@ -232,5 +232,5 @@ def test_an_interrupted_question_leaves_the_model_as_it_was():
     model = gemma2().train()
     model.config._attn_implementation, model.config.use_cache = "examples", False
     with pytest.raises(TypeError):
-        helpers.sample_answers(model, None, ["質問"], "transformers")
+        helpers.training.sample_answers(model, None, ["質問"], "transformers")
     assert model.training and model.config._attn_implementation == "examples" and not model.config.use_cache

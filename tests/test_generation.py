@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 from transformers.generation import EosTokenCriteria, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import helpers
-from helpers import RecipeError, answer_in_batches, answer_in_slots, apply_rules
+from helpers import RecipeError
 
-TASKS = [task["input"] for task in helpers.read_tasks("data/sample/tasks.jsonl")][:6]
+TASKS = [task["input"] for task in helpers.files.load_tasks("data/sample/tasks.jsonl")][:6]
 LONGEST = [40, 3, 17, 1, 30, 25]
 
 
@@ -57,7 +57,9 @@ def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
             torch.tensor([prompt]),
             do_sample=False,
             max_new_tokens=limit,
-            logits_processor=[lambda ids, scores, seen=seen: apply_rules(process, ids[:, seen:], scores)],
+            logits_processor=[
+                lambda ids, scores, seen=seen: helpers.answers.apply_rules(process, ids[:, seen:], scores)
+            ],
             stopping_criteria=stop,
         )
         answers.append(written[0, len(prompt) :].tolist())
@@ -73,15 +75,17 @@ def answer(model, prompts, longest, decoding):
 @pytest.mark.parametrize("parallel", [1, 4, 6])
 def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop, parallel, penalize_prompt):
     expected = one_by_one(model, prompts, process, stop, penalize_prompt)
-    for generate in (answer_in_batches, answer_in_slots):
-        found = answer(model, prompts, LONGEST, helpers.Decoding(generate, parallel, process, stop, penalize_prompt))
+    for generate in (helpers.answers.in_batches, helpers.slots.answer):
+        found = answer(
+            model, prompts, LONGEST, helpers.answers.Decoding(generate, parallel, process, stop, penalize_prompt)
+        )
         assert [found[i] for i in range(len(prompts))] == expected, generate.__name__
 
 
 def test_a_limit_of_the_models_own_says_nothing_and_changes_nothing(model, prompts, process, stop, caplog, monkeypatch):
     """unsloth sets `max_length` on a GPU, of which transformers tells again with every batch."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    decoding = helpers.Decoding(answer_in_batches, 1, process, stop, penalize_prompt=False)
+    decoding = helpers.answers.Decoding(helpers.answers.in_batches, 1, process, stop, penalize_prompt=False)
     expected = answer(model, prompts, LONGEST, decoding)
     model.generation_config.max_length = 8192
     assert answer(model, prompts, LONGEST, decoding) == expected
@@ -93,15 +97,15 @@ def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
     prompt = tokenizer("".join(TASKS * 2))["input_ids"]
     assert len(prompt) > 3 * model.config.sliding_window
     expected = one_by_one(model, [prompt] * 6, process, stop, False)[0]
-    decoding = helpers.Decoding(answer_in_slots, 2, process, stop, penalize_prompt=False)
+    decoding = helpers.answers.Decoding(helpers.slots.answer, 2, process, stop, penalize_prompt=False)
     assert answer(model, [prompt], [40], decoding)[0] == expected
 
 
 def test_shorter_limit_during_the_run(model, prompts, process, stop):
     limits = [40]
     lengths = []
-    decoding = helpers.Decoding(answer_in_slots, 2, process, stop, penalize_prompt=False)
-    for _, tokens in answer_in_slots(model, prompts, lambda _: limits[-1], decoding):
+    decoding = helpers.answers.Decoding(helpers.slots.answer, 2, process, stop, penalize_prompt=False)
+    for _, tokens in helpers.slots.answer(model, prompts, lambda _: limits[-1], decoding):
         lengths.append(len(tokens))
         limits.append(5)
     assert max(lengths[2:]) <= 5
@@ -123,7 +127,7 @@ class SmallGpu:
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(model, prompts, process, stop):
     small = SmallGpu(model)
-    decoding = helpers.Decoding(answer_in_batches, 6, process, stop, penalize_prompt=False)
+    decoding = helpers.answers.Decoding(helpers.answers.in_batches, 6, process, stop, penalize_prompt=False)
     found = answer(small, prompts, LONGEST, decoding)
     assert [found[i] for i in range(6)] == one_by_one(model, prompts, process, stop, False)
     assert small.calls == [6, 3, 1, 1, 1, 1, 1, 1]
@@ -134,7 +138,7 @@ def test_a_prompt_that_never_fits(model, prompts, process, stop):
         def generate(self, ids, **options):
             raise torch.OutOfMemoryError
 
-    decoding = helpers.Decoding(answer_in_batches, 4, process, stop, penalize_prompt=False)
+    decoding = helpers.answers.Decoding(helpers.answers.in_batches, 4, process, stop, penalize_prompt=False)
     with pytest.raises(RecipeError, match="lower k or max_seq_length"):
         answer(NoGpu(model), prompts, LONGEST, decoding)
 
@@ -154,13 +158,13 @@ def test_kept_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path, capsys):
     log(tmp_path, "answers.1.jsonl", [(4, "d", "z")])
     before = (tmp_path / "answers.jsonl").read_bytes()
     keys = {1: "a", 2: "b", 3: "c", 4: "d"}
-    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+    kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
     assert {task: row["output"] for task, row in kept.items()} == {1: "x", 2: "y", 4: "z"}
     assert "answers.jsonl, line 3: left out (no answer)" in capsys.readouterr().out
     assert (tmp_path / "answers.jsonl").read_bytes() == before  # nothing is rewritten in place
-    helpers.append_row(tmp_path / "answers.jsonl", answer_row(3, "c", "w"))
+    helpers.files.append_row(tmp_path / "answers.jsonl", answer_row(3, "c", "w"))
     assert (tmp_path / "answers.jsonl").read_bytes().startswith(before + b'\n{"task_id": 3, "key": "c"')
-    assert helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl").keys() == {1, 2, 3, 4}
+    assert helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl").keys() == {1, 2, 3, 4}
 
 
 def without(name):
@@ -179,7 +183,7 @@ def test_a_bad_line_is_named_and_the_others_are_kept(tmp_path, capsys, line):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(b"\n".join([good[0], line, good[1] + b"\r", b""]))  # a line end of Windows is no fault
     before = path.read_bytes()
-    kept = helpers.kept_answers(tmp_path, {1: "a", 2: "b", 3: "c"}, tmp_path / "output.jsonl")
+    kept = helpers.answers.kept(tmp_path, {1: "a", 2: "b", 3: "c"}, tmp_path / "output.jsonl")
     assert kept.keys() == {1, 3}
     assert capsys.readouterr().out == f"{path}, line 2: left out (no answer); its task is answered again\n"
     assert path.read_bytes() == before
@@ -190,10 +194,10 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path):
     log(tmp_path, "answers.jsonl", [(1, "a", "x"), (2, "old", "y")])
     log(tmp_path, "answers-mine.jsonl", [(1, "old", "x")])  # not a log of this series
     with pytest.raises(RecipeError, match="holds 1 answers of an interrupted run with other settings"):
-        helpers.kept_answers(tmp_path, {1: "a", 2: "b"}, output)
+        helpers.answers.kept(tmp_path, {1: "a", 2: "b"}, output)
     assert (tmp_path / "answers.jsonl").exists()
     output.write_text("finished")
-    assert helpers.kept_answers(tmp_path, {1: "a", 2: "b"}, output) == {}
+    assert helpers.answers.kept(tmp_path, {1: "a", 2: "b"}, output) == {}
     assert not (tmp_path / "answers.jsonl").exists()
     assert not output.exists()
     assert (tmp_path / "answers-mine.jsonl").exists()
@@ -203,9 +207,9 @@ def test_a_finished_run_that_is_run_again_keeps_its_output(tmp_path):
     output = tmp_path / "output.jsonl"
     output.write_text("finished")
     log(tmp_path, "answers.jsonl", [(1, "a", "x"), (2, "b", "y")])
-    assert helpers.kept_answers(tmp_path, {1: "a", 2: "b"}, output).keys() == {1, 2}
+    assert helpers.answers.kept(tmp_path, {1: "a", 2: "b"}, output).keys() == {1, 2}
     assert output.exists()
-    assert helpers.kept_answers(tmp_path, {1: "a", 2: "b"} | {3: "c"}, output).keys() == {1, 2}
+    assert helpers.answers.kept(tmp_path, {1: "a", 2: "b"} | {3: "c"}, output).keys() == {1, 2}
     assert not output.exists()  # task 3 is open
 
 
@@ -215,12 +219,12 @@ def test_a_finished_run_that_is_run_again_keeps_its_output(tmp_path):
 @pytest.fixture(scope="module")
 def questions():
     prompts = [(helpers.build_prompt(task, []), helpers.build_prompt(task, [], "training")) for task in TASKS]
-    return [helpers.Question(i, f"key {i}", pair) for i, pair in enumerate(prompts)]
+    return [helpers.answers.Question(i, f"key {i}", pair) for i, pair in enumerate(prompts)]
 
 
 @pytest.fixture
 def decoding(process, stop):
-    return helpers.Decoding(answer_in_slots, 3, process, stop, max_new_tokens=40, max_seq_length=1024)
+    return helpers.answers.Decoding(helpers.slots.answer, 3, process, stop, max_new_tokens=40, max_seq_length=1024)
 
 
 def read_log(path):
@@ -239,11 +243,11 @@ def test_the_generator_answers_like_generate_one_by_one(
     expected = one_by_one(model, prompts, decoding.process, decoding.stop, penalize_prompt, longest=[40] * 6)
     expected = [helpers.clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in expected]
     assert all(expected)
-    for generate in (answer_in_slots, answer_in_batches):
+    for generate in (helpers.slots.answer, helpers.answers.in_batches):
         for parallel in (1, 4, 64):
             setting = decoding._replace(generate=generate, parallel=parallel, penalize_prompt=penalize_prompt)
             path = tmp_path / f"{generate.__name__}-{parallel}" / "answers.jsonl"
-            rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, path, setting))
+            rows = list(helpers.answers.answer(model, tokenizer, questions, {}, path, setting))
             assert {row["task_id"]: row["output"] for row in rows} == dict(enumerate(expected))
             assert read_log(path) == rows
             assert all(row["cut"] == (row["new_tokens"] == 40) and row["attempt"] == 1 for row in rows)
@@ -251,24 +255,24 @@ def test_the_generator_answers_like_generate_one_by_one(
 
 def test_kept_answers_come_first_and_are_not_written_again(model, tokenizer, questions, decoding, tmp_path):
     path = tmp_path / "answers.jsonl"
-    first = list(helpers.answer_tasks(model, tokenizer, questions[:2], {}, path, decoding))
+    first = list(helpers.answers.answer(model, tokenizer, questions[:2], {}, path, decoding))
     keys = {question.task_id: question.key for question in questions}
-    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+    kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
     before = path.read_bytes()
-    rows = list(helpers.answer_tasks(model, tokenizer, questions, kept, path, decoding))
+    rows = list(helpers.answers.answer(model, tokenizer, questions, kept, path, decoding))
     assert sorted(rows[:2], key=lambda row: row["task_id"]) == sorted(first, key=lambda row: row["task_id"])
     assert path.read_bytes().startswith(before)
     assert {row["task_id"] for row in read_log(path)[2:]} == {2, 3, 4, 5}
-    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+    kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
     before = path.read_bytes()
-    again = list(helpers.answer_tasks(None, None, questions, kept, path, decoding))  # the model is not asked
+    again = list(helpers.answers.answer(None, None, questions, kept, path, decoding))  # the model is not asked
     assert sorted(again, key=lambda row: row["task_id"]) == sorted(rows, key=lambda row: row["task_id"])
     assert path.read_bytes() == before
 
 
 def test_an_answer_is_in_the_log_before_it_is_yielded(model, tokenizer, questions, decoding, tmp_path):
     path = tmp_path / "answers.jsonl"
-    for row in helpers.answer_tasks(model, tokenizer, questions, {}, path, decoding):
+    for row in helpers.answers.answer(model, tokenizer, questions, {}, path, decoding):
         assert read_log(path)[-1] == row
 
 
@@ -276,10 +280,10 @@ def test_no_room_beside_a_long_prompt(model, tokenizer, questions, decoding, pro
     """Prompt and answer share max_seq_length; a prompt that fills it gets one token."""
     longest = max(map(len, prompts))
     setting = decoding._replace(max_seq_length=longest + 5)
-    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
     assert all(row["new_tokens"] <= min(40, longest + 5 - len(prompts[row["task_id"]])) for row in rows)
     setting = decoding._replace(max_seq_length=10)
-    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.0.jsonl", setting))
+    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.0.jsonl", setting))
     assert all(row["new_tokens"] == 1 and row["cut"] for row in rows)
 
 
@@ -287,13 +291,13 @@ def test_no_room_beside_a_long_prompt(model, tokenizer, questions, decoding, pro
 def one_second_an_answer(monkeypatch):
     """The clock of helpers.py moves on by a second whenever it is looked at: once when it starts, once per answer."""
     seconds = iter(range(1000))
-    monkeypatch.setattr(helpers, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    monkeypatch.setattr(helpers.answers, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
 
 
-@pytest.mark.parametrize("generate", [answer_in_slots, answer_in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
 def test_the_clock_shortens_answers(model, tokenizer, questions, decoding, tmp_path, one_second_an_answer, generate):
     setting = decoding._replace(time_budget=5.5, parallel=1, generate=generate, stop=StoppingCriteriaList())
-    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
     assert [row["seconds"] for row in rows] == [1.0] * 6
     # After one answer of 40 tokens in 1 s, 4.5 s are left for five: 4.5 * 40 / 5 = 36 tokens each, and so on.
     assert [row["limit"] for row in rows[:2]] == [40, 36]
@@ -305,7 +309,7 @@ def test_when_the_time_is_used_up_the_rest_is_not_answered(
     model, tokenizer, questions, decoding, tmp_path, one_second_an_answer
 ):
     setting = decoding._replace(time_budget=2.0, parallel=1)
-    rows = list(helpers.answer_tasks(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
     assert len(rows) == len(read_log(tmp_path / "answers.jsonl")) == 2
 
 
@@ -321,14 +325,14 @@ class NothingAfter:
         return scores
 
 
-@pytest.mark.parametrize("generate", [answer_in_slots, answer_in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
 def test_an_empty_answer_is_asked_again_without_shots(model, tokenizer, questions, decoding, tmp_path, generate):
     (token,) = tokenizer.encode("親切", add_special_tokens=False)  # only in the words of 2024's prompt
     empty = questions[0]
     others = [question._replace(prompts=question.prompts[::-1]) for question in questions[1:3]]
     setting = decoding._replace(process=LogitsProcessorList([NothingAfter(token)]), generate=generate)
     path = tmp_path / "answers.jsonl"
-    rows = list(helpers.answer_tasks(model, tokenizer, [empty, *others], {}, path, setting))
+    rows = list(helpers.answers.answer(model, tokenizer, [empty, *others], {}, path, setting))
     assert [(row["task_id"], row["attempt"]) for row in rows][-1] == (0, 2)
     assert all(row["output"] for row in rows)
     assert len(rows) == 3
@@ -340,21 +344,21 @@ def test_an_empty_answer_is_asked_again_without_shots(model, tokenizer, question
     # Killed before the second attempt, it is made by the next run; after it, it is not made again.
     keys = {question.task_id: question.key for question in [empty, *others]}
     path.write_text("".join(json.dumps(row) + "\n" for row in logged[:-1]), encoding="utf-8")
-    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
-    again = list(helpers.answer_tasks(model, tokenizer, [empty, *others], kept, path, setting))
+    kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
+    again = list(helpers.answers.answer(model, tokenizer, [empty, *others], kept, path, setting))
     assert without_seconds(again[-1:]) == without_seconds(rows[-1:])
     assert len(read_log(path)) == 4
-    kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
-    assert len(list(helpers.answer_tasks(None, None, [empty, *others], kept, path, setting))) == 3
+    kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
+    assert len(list(helpers.answers.answer(None, None, [empty, *others], kept, path, setting))) == 3
 
 
 def test_a_second_attempt_that_is_empty_too_ends_it(model, tokenizer, questions, decoding, tmp_path):
     setting = decoding._replace(process=LogitsProcessorList([NothingAfter(2)]))  # <bos>: every prompt
     path = tmp_path / "answers.jsonl"
-    rows = list(helpers.answer_tasks(model, tokenizer, questions[:2], {}, path, setting))
+    rows = list(helpers.answers.answer(model, tokenizer, questions[:2], {}, path, setting))
     assert [(row["output"], row["attempt"]) for row in rows] == [("", 2), ("", 2)]
     kept = {row["task_id"]: row for row in rows}
-    again = list(helpers.answer_tasks(None, None, questions[:2], kept, path, setting))
+    again = list(helpers.answers.answer(None, None, questions[:2], kept, path, setting))
     assert sorted(again, key=lambda row: row["task_id"]) == sorted(rows, key=lambda row: row["task_id"])
 
 
@@ -366,17 +370,19 @@ def test_a_process_touches_only_its_own_log(model, tokenizer, questions, decodin
     setting = decoding._replace(process=LogitsProcessorList([NothingAfter(2)]))
     finished = {}
     for path, share in ((one, questions[0::2]), (two, questions[1::2])):
-        kept = helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl")
+        kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
         before = {other: other.read_bytes() for other in tmp_path.iterdir() if other != path}
-        finished |= {row["task_id"]: row for row in helpers.answer_tasks(model, tokenizer, share, kept, path, setting)}
+        finished |= {
+            row["task_id"]: row for row in helpers.answers.answer(model, tokenizer, share, kept, path, setting)
+        }
         assert {other: other.read_bytes() for other in tmp_path.iterdir() if other != path} == before
     assert len(read_log(one)) == 6  # three tasks, each asked twice
     assert {row["task_id"] for row in read_log(two)} == {1, 3}
-    assert helpers.kept_answers(tmp_path, keys, tmp_path / "output.jsonl") == finished
+    assert helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl") == finished
     assert finished[5]["output"] == "from before"
 
 
-@pytest.mark.parametrize("generate", [answer_in_slots, answer_in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
 def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decoding, prompts, tmp_path, generate):
     setting = decoding._replace(generate=generate)
     names = {"pd": pd, "generate": generate, "language_model": model, "tokenizer": tokenizer}
@@ -404,7 +410,7 @@ def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decod
     tokens=st.integers(1, 100_000),
 )
 def test_clock_never_raises_the_limit_and_shares_the_time(limit, left, open_tasks, seconds, answers, tokens):
-    clock = helpers.Clock(limit, budget=max(seconds + left, 0.01))
+    clock = helpers.answers.Clock(limit, budget=max(seconds + left, 0.01))
     clock.seconds, clock.answers, clock.tokens = seconds, answers, tokens
     clock.share(open_tasks)
     allowed, room = clock.limit, (clock.budget - seconds) * tokens / seconds
@@ -416,7 +422,7 @@ def test_clock_never_raises_the_limit_and_shares_the_time(limit, left, open_task
 
 
 def test_without_a_budget_answers_stay_long():
-    clock = helpers.Clock(40, budget=0)
+    clock = helpers.answers.Clock(40, budget=0)
     clock.note(40)
     clock.share(1000)
     assert clock.limit == 40
@@ -426,7 +432,7 @@ def test_answer_key_depends_on_everything():
     def key(model="1", adapter="2", penalty=1.1, prompt="x", name="here"):
         sources = {"model": model, "adapter": adapter, "tasks": "3"}
         inputs = {role: {"name": name, "commit": "", "sha256": sha, "inputs": {}} for role, sha in sources.items()}
-        return helpers.answer_key(helpers.make_record("04", inputs, {"penalty": penalty}, ["torch"]), prompt)
+        return helpers.answers.key(helpers.records.make("04", inputs, {"penalty": penalty}, ["torch"]), prompt)
 
     assert key() == key(name="moved")
     changed = [key(model="9"), key(adapter="9"), key(penalty=1.2), key(prompt="y")]

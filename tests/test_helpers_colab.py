@@ -53,7 +53,7 @@ class TestFit:
         ],
     )
     def test_agrees_with_the_measured_peaks(self, settings, measured):
-        need = helpers.estimate_memory(config("google/gemma-2-27b"), four_bit=True, r=64, **settings)
+        need = helpers.models.estimate_memory(config("google/gemma-2-27b"), four_bit=True, r=64, **settings)
         assert sum(need.values()) == pytest.approx(measured, rel=0.07)
 
     @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ class TestFit:
         ],
     )
     def test_agrees_with_the_measured_peaks_of_another_family(self, name, settings, measured):
-        need = helpers.estimate_memory(config(name), four_bit=True, **settings)
+        need = helpers.models.estimate_memory(config(name), four_bit=True, **settings)
         assert sum(need.values()) == pytest.approx(measured, rel=0.08)
 
     def test_unquantized_weights_cost_more(self):
-        need = helpers.estimate_memory(config("google/gemma-2-27b"), four_bit=False, r=64)
+        need = helpers.models.estimate_memory(config("google/gemma-2-27b"), four_bit=False, r=64)
         assert need["weights"] == pytest.approx(27.2e9 * 2 / 2**30, rel=0.01)
 
     @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ class TestFit:
         run = yaml.safe_load((ROOT / f"data/runs/{run_file}.yaml").read_text(encoding="utf-8"))
         values = {"r": 64, "max_seq_length": 2048, "per_device_train_batch_size": 4, "engine": "transformers"}
         values |= {"base_model": "google/gemma-2-27b"} | run["01_quantize"] | run["03_sft"]
-        need = helpers.estimate_memory(
+        need = helpers.models.estimate_memory(
             config(values["base_model"]),
             four_bit=True,
             r=values["r"],
@@ -98,15 +98,17 @@ class TestFit:
             length=values["max_seq_length"] // (2 if values["engine"] == "transformers" else 1),
         )
         gpu = {"name": run_file, "free_gib": free_gib, "compute_capability": 7.5 if run_file == "t4" else 8.0}
-        assert helpers.fit_report(gpu, need, "")[-1] == "it fits"
+        assert helpers.machine.fit_report(gpu, need, "")[-1] == "it fits"
 
     def test_report_names_what_to_change(self):
         t4 = {"name": "Tesla T4", "free_gib": 14.6, "compute_capability": 7.5}
-        need = helpers.estimate_memory(config("google/gemma-2-27b"), four_bit=True, r=64, batch_size=4, length=2048)
-        lines = helpers.fit_report(t4, need, "lower the batch")
+        need = helpers.models.estimate_memory(
+            config("google/gemma-2-27b"), four_bit=True, r=64, batch_size=4, length=2048
+        )
+        lines = helpers.machine.fit_report(t4, need, "lower the batch")
         assert lines[0] == "Tesla T4, 14.6 GiB free, bfloat16: no, float16 is used"
         assert lines[-1] == "IT WILL NOT FIT: lower the batch, or choose a larger GPU"
-        assert "no GPU" in helpers.fit_report(None, need, "")[-1]
+        assert "no GPU" in helpers.machine.fit_report(None, need, "")[-1]
 
 
 class TestLicences:
@@ -116,7 +118,7 @@ class TestLicences:
 
     @pytest.mark.parametrize("licence", ["apache-2.0", "cc0-1.0", "mit, cc-by-4.0"])
     def test_permissive_ones_pass(self, licence):
-        helpers.check_licences(self.source(licence))
+        helpers.records.check_licences(self.source(licence))
 
     @pytest.mark.parametrize(
         ("licence", "named"),
@@ -131,24 +133,26 @@ class TestLicences:
         with pytest.raises(
             helpers.RecipeError, match=rf"^a/b: the licence {named} is not .* allow_licences = '{named}'$"
         ):
-            helpers.check_licences(self.source(licence))
-        helpers.check_licences(self.source(licence), f"x, {named.upper()}")
+            helpers.records.check_licences(self.source(licence))
+        helpers.records.check_licences(self.source(licence), f"x, {named.upper()}")
 
     def test_local_files_are_your_own_and_the_hub_is_asked_for_others(self):
-        assert helpers.data_source("data/sample/qa.jsonl")["licence"] == "your own (local file)"
+        assert helpers.records.data_source("data/sample/qa.jsonl")["licence"] == "your own (local file)"
         with pytest.raises(helpers.RecipeError, match="nobody/nothing: its licence cannot be read"):
-            helpers.data_source("nobody/nothing")
+            helpers.records.data_source("nobody/nothing")
 
 
 class TestCards:
     @staticmethod
     def record(**inputs):
-        return helpers.make_record("test", inputs, {"r": 64}, ["peft"])
+        return helpers.records.make("test", inputs, {"r": 64}, ["peft"])
 
     def test_model_card_names_base_and_data(self):
         model = {"name": "google/gemma-2-27b", "commit": "123", "sha256": "", "licence": "gemma", "inputs": {}}
         data = {"name": "owner/set", "commit": "abc", "sha256": "", "licence": "apache-2.0", "inputs": {}}
-        card = ModelCard(helpers.model_card("T", self.record(model=model, dataset=data), ["peft"], {"loss": "2.5"}))
+        card = ModelCard(
+            helpers.records.model_card("T", self.record(model=model, dataset=data), ["peft"], {"loss": "2.5"})
+        )
         assert (card.data.base_model, card.data.datasets, card.data.license) == (
             "google/gemma-2-27b",
             ["owner/set"],
@@ -160,10 +164,12 @@ class TestCards:
 
     def test_dataset_card_hands_the_licence_on(self):
         source = {"name": "owner/set", "commit": "abc", "sha256": "", "licence": "apache-2.0", "inputs": {}}
-        card = DatasetCard(helpers.dataset_card("T", self.record(dataset=source), {"rows kept": "1 of 2"}))
+        card = DatasetCard(helpers.records.dataset_card("T", self.record(dataset=source), {"rows kept": "1 of 2"}))
         assert (card.data.license, card.data.source_datasets) == (["apache-2.0"], ["owner/set"])
         own = DatasetCard(
-            helpers.dataset_card("T", self.record(dataset=helpers.data_source("data/sample/qa.jsonl")), {})
+            helpers.records.dataset_card(
+                "T", self.record(dataset=helpers.records.data_source("data/sample/qa.jsonl")), {}
+            )
         )
         assert own.data.license is None
 
@@ -186,22 +192,22 @@ class TestColab:
     def test_secret_is_asked_for_and_does_not_block(self, colab, monkeypatch):
         monkeypatch.delenv("HF_TOKEN", raising=False)
         colab.userdata.get = lambda name: f"value of {name}"
-        assert helpers.get_secret("HF_TOKEN") == "value of HF_TOKEN"
+        assert helpers.machine.secret("HF_TOKEN") == "value of HF_TOKEN"
         colab.userdata.get = lambda name: time.sleep(60)  # no browser tab answers
         started = time.perf_counter()
-        assert helpers.get_secret("HF_TOKEN", seconds=0.2) == ""
+        assert helpers.machine.secret("HF_TOKEN", seconds=0.2) == ""
         assert time.perf_counter() - started < 10
 
     def test_drive_is_mounted_only_if_named(self, colab, capsys):
         mounted = []
         colab.drive.mount = mounted.append
-        assert helpers.place_outputs("outputs/full", "") == "outputs/full"
+        assert helpers.machine.place_outputs("outputs/full", "") == "outputs/full"
         assert "a disconnect loses outputs/full" in capsys.readouterr().out
         assert not mounted
-        placed = helpers.place_outputs("outputs/full", "recipe")
+        placed = helpers.machine.place_outputs("outputs/full", "recipe")
         assert Path(placed) == Path("/content/drive/MyDrive/recipe/outputs/full")
-        assert helpers.place_outputs(placed, "recipe") == placed  # the cell may run twice
+        assert helpers.machine.place_outputs(placed, "recipe") == placed  # the cell may run twice
         assert mounted == ["/content/drive"] * 2
 
     def test_elsewhere_the_folder_stays(self, tmp_path):
-        assert helpers.place_outputs(str(tmp_path), "recipe") == str(tmp_path)
+        assert helpers.machine.place_outputs(str(tmp_path), "recipe") == str(tmp_path)

@@ -37,15 +37,15 @@ def test_import_is_light():
 @given(rows=st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=4), min_size=1, max_size=5))
 def test_jsonl_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
-    helpers.write_jsonl(path, rows)
-    assert helpers.load_rows(path) == rows
+    helpers.files.write_jsonl(path, rows)
+    assert helpers.files.load_rows(path) == rows
 
 
 def test_jsonl_keeps_japanese_readable_and_reads_gzip(tmp_path):
-    helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "日本語"}])
+    helpers.files.write_jsonl(tmp_path / "a.jsonl", [{"text": "日本語"}])
     assert (tmp_path / "a.jsonl").read_bytes() == '{"text": "日本語"}\n'.encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    assert helpers.load_rows(tmp_path / "a.jsonl.gz") == [{"text": "日本語"}]
+    assert helpers.files.load_rows(tmp_path / "a.jsonl.gz") == [{"text": "日本語"}]
 
 
 @pytest.mark.parametrize(
@@ -60,19 +60,19 @@ def test_bad_jsonl_names_file_and_line(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(RecipeError, match=message):
-        helpers.load_rows(path)
+        helpers.files.load_rows(path)
 
 
 def test_bytes_that_are_not_utf8_name_the_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"a": "é"}\n'.encode("latin-1"))
     with pytest.raises(RecipeError, match="line 1: not valid JSON"):
-        helpers.load_rows(path)
+        helpers.files.load_rows(path)
 
 
 def test_missing_file():
     with pytest.raises(RecipeError, match="no such file"):
-        helpers.load_rows("nowhere.jsonl")
+        helpers.files.load_rows("nowhere.jsonl")
 
 
 def test_load_rows_of_a_table_checks_keys_and_emptiness(tmp_path):
@@ -81,32 +81,32 @@ def test_load_rows_of_a_table_checks_keys_and_emptiness(tmp_path):
 
     path = str(tmp_path / "rows.parquet")
     pq.write_table(pa.table({"input": ["一", "二", "三"]}), path)
-    assert helpers.load_rows(path, max_rows=2) == [{"input": "一"}, {"input": "二"}]
-    assert helpers.load_rows(tmp_path, max_rows=9)[2] == {"input": "三"}
+    assert helpers.files.load_rows(path, max_rows=2) == [{"input": "一"}, {"input": "二"}]
+    assert helpers.files.load_rows(tmp_path, max_rows=9)[2] == {"input": "三"}
     with pytest.raises(RecipeError, match=r"rows\.parquet, row 1: no answer found; its columns are \['input'\]"):
-        helpers.load_pairs(path)
+        helpers.files.load_pairs(path)
     pq.write_table(pa.table({"input": pa.array([], pa.string())}), path)
     with pytest.raises(RecipeError, match=r"rows\.parquet: the data set holds no rows"):
-        helpers.load_rows(path)
+        helpers.files.load_rows(path)
 
 
 def test_every_line_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\n\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
-    assert helpers.load_rows(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
-    assert helpers.load_rows(tmp_path / "a.jsonl", max_rows=1) == [{"a": 1}]
+    assert helpers.files.load_rows(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
+    assert helpers.files.load_rows(tmp_path / "a.jsonl", max_rows=1) == [{"a": 1}]
 
 
 def test_load_rows_offline_hub_name_and_bad_name():
     with pytest.raises(RecipeError, match="data set cannot be read"):
-        helpers.load_rows("nobody/no-such-dataset")
+        helpers.files.load_rows("nobody/no-such-dataset")
     with pytest.raises(RecipeError, match="no such file or folder, and no hub repository"):
-        helpers.load_rows("data/sample/qa.txt")
+        helpers.files.load_rows("data/sample/qa.txt")
 
 
 def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
     path = tmp_path / "out.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), helpers.atomic_write(path) as file:
+    with pytest.raises(KeyboardInterrupt), helpers.files.atomic_write(path) as file:
         file.write("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -114,12 +114,12 @@ def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
 
 def test_hub_token(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert helpers.hub_token("") == ""
+    assert helpers.machine.hub_token("") == ""
     with pytest.raises(RecipeError, match="HF_TOKEN"):
-        helpers.hub_token("owner/name")
+        helpers.machine.hub_token("owner/name")
     monkeypatch.setenv("HF_TOKEN", "hf_x")
-    assert helpers.hub_token("owner/name") == "hf_x"
-    assert helpers.hub_token("") == ""
+    assert helpers.machine.hub_token("owner/name") == "hf_x"
+    assert helpers.machine.hub_token("") == ""
 
 
 def test_a_table_shows_text_as_text_and_cuts_it():

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/oracles")]
 import filter_2024  # noqa: E402
 
 import helpers  # noqa: E402
-from helpers import FilterRules, RecipeError, load_rows, load_rules  # noqa: E402
+from helpers import FilterRules, RecipeError  # noqa: E402
 
 RULES_FILE = ROOT / "data/filter_rules_2024.json"
 RULES_2024 = json.loads(RULES_FILE.read_text(encoding="utf-8"))
@@ -50,9 +50,9 @@ class Result:
         max_rows = values.pop("max_rows", 0)
         (folder / "rules.json").write_text(json.dumps({**RULES_2024, **(rules or {}), **values}), encoding="utf-8")
         source = rows if isinstance(rows, Path) else write(folder / "in.jsonl", rows)
-        given = helpers.load_rows(str(source), max_rows=max_rows)
-        kept, dropped, self.report = helpers.filter_rows(given, load_rules(folder / "rules.json"))
-        helpers.save_filtered(folder / "out", kept, dropped, self.report)
+        given = helpers.files.load_rows(str(source), max_rows=max_rows)
+        kept, dropped, self.report = helpers.filter_rows(given, helpers.files.load_rules(folder / "rules.json"))
+        helpers.files.save_filtered(folder / "out", kept, dropped, self.report)
         self.bytes = (folder / "out/filtered_magpie.jsonl").read_bytes()
         self.kept = [json.loads(line) for line in self.bytes.splitlines()]
         # Valid UTF-8, one JSON object per line.
@@ -126,7 +126,7 @@ def test_every_ng_string_is_found_however_they_overlap(text, ng):
 
 
 def well_formed_sample() -> list[dict]:
-    return [row for row in load_rows(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
+    return [row for row in helpers.files.load_rows(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
 
 
 def test_sample_is_filtered_as_in_2024(tmp_path):
@@ -366,7 +366,7 @@ def test_unreadable_files_give_one_clear_line(tmp_path, name):
 def test_what_is_no_rules_file_is_refused(tmp_path, content):
     (tmp_path / "rules.json").write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(RecipeError, match=r"rules\.json: ") as error:
-        load_rules(tmp_path / "rules.json")
+        helpers.files.load_rules(tmp_path / "rules.json")
     assert "\n" not in str(error.value)
 
 
@@ -401,12 +401,12 @@ def test_what_is_no_rules_file_is_refused(tmp_path, content):
 def test_wrong_values_in_a_rules_file_are_named(tmp_path, key, value):
     (tmp_path / "rules.json").write_text(json.dumps({**RULES_2024, key: value}), encoding="utf-8")
     with pytest.raises(RecipeError, match=rf"rules\.json: .*{key}") as error:
-        load_rules(tmp_path / "rules.json")
+        helpers.files.load_rules(tmp_path / "rules.json")
     assert "\n" not in str(error.value)
 
 
 def test_rules_files_hold_the_whole_filter():
-    old, new = load_rules(RULES_FILE), load_rules(ROOT / "data/filter_rules_reviewed.json")
+    old, new = helpers.files.load_rules(RULES_FILE), helpers.files.load_rules(ROOT / "data/filter_rules_reviewed.json")
     assert old == FilterRules(old.replacements, old.ng)  # the defaults are those of 2024
     assert (*old.limits(1000), old.japanese_percent) == (20, 10, 60)
     assert (*new.limits(1000), new.japanese_percent) == (0, 0, 60)
@@ -441,8 +441,8 @@ import resource, signal, sys; sys.path.insert(0, sys.argv[1])
 import helpers
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process as soon as a file exceeds the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
-rules = helpers.load_rules(sys.argv[1] + "/data/filter_rules_reviewed.json")
-helpers.save_filtered(sys.argv[3], *helpers.filter_rows(helpers.load_rows(sys.argv[2]), rules))
+rules = helpers.files.load_rules(sys.argv[1] + "/data/filter_rules_reviewed.json")
+helpers.files.save_filtered(sys.argv[3], *helpers.filter_rows(helpers.files.load_rows(sys.argv[2]), rules))
 """
 
 
@@ -471,7 +471,7 @@ def test_the_datatrove_pipeline_keeps_the_rows_of_the_notebook(tmp_path):
     assert (tmp_path / "out/filtered_magpie.jsonl").read_bytes() == alone.bytes != b""
     report = json.loads((tmp_path / "out/filter_report.json").read_text(encoding="utf-8"))
     assert report == {key: alone.report[key] for key in report} and report["rows_kept"] == len(alone.kept)
-    dropped = [record["row"] for record in load_rows(tmp_path / "out/dropped_magpie.jsonl")]
+    dropped = [record["row"] for record in helpers.files.load_rows(tmp_path / "out/dropped_magpie.jsonl")]
     assert sorted(map(json.dumps, dropped)) == sorted(json.dumps(record["row"]) for record in alone.dropped)
 
 

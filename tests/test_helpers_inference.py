@@ -68,13 +68,13 @@ def write(path, rows):
 def test_read_tasks_refuses_a_repeated_id(tmp_path):
     rows = [{"task_id": i, "input": "x"} for i in (0, 1, 0)]
     with pytest.raises(RecipeError, match=r"tasks\.jsonl, line 3 repeats task_id 0 of .*tasks\.jsonl, line 1"):
-        helpers.read_tasks(write(tmp_path / "tasks.jsonl", rows))
+        helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", rows))
 
 
 def test_read_tasks_needs_an_input_and_counts_where_there_is_no_id(tmp_path):
     with pytest.raises(RecipeError, match=r"line 2: no question found; its columns are \['task_id'\]"):
-        helpers.read_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"task_id": 1}]))
-    tasks = helpers.read_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"input": "y"}]))
+        helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"task_id": 1}]))
+    tasks = helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"input": "y"}]))
     assert [task["task_id"] for task in tasks] == [0, 1]
 
 

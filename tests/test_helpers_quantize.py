@@ -21,7 +21,7 @@ GEMMA_2_27B = {
 
 def count(config):
     """Number of weights, from a transformers config."""
-    return helpers.empty_model(config).num_parameters()
+    return helpers.models.empty(config).num_parameters()
 
 
 def test_parameter_count_of_gemma_2_27b():
@@ -42,20 +42,20 @@ def test_estimate_knows_experts_and_untied_embeddings():
         tie_word_embeddings=False,
     )
     assert count(experts) == pytest.approx(30.5e9, rel=0.002)
-    assert helpers.estimate_memory(experts, four_bit=True)["weights"] > 54  # 29 billion of them in 16 bit
+    assert helpers.models.estimate_memory(experts, four_bit=True)["weights"] > 54  # 29 billion of them in 16 bit
     one, two = (Gemma2Config(**GEMMA_2_27B, tie_word_embeddings=tied) for tied in (True, False))
     assert count(two) - count(one) == 256_000 * 4608
 
 
 def test_large_model_without_gpu_is_refused():
     with pytest.raises(RecipeError, match=r"no GPU.*27\.2 billion"):
-        helpers.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=False)
-    helpers.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=True)
-    helpers.check_gpu(Gemma2Config(**GEMMA_2_27B | {"num_hidden_layers": 1, "vocab_size": 1000}), gpu=False)
+        helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=False)
+    helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=True)
+    helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B | {"num_hidden_layers": 1, "vocab_size": 1000}), gpu=False)
 
 
 def test_package_versions():
-    versions = helpers.package_versions(["transformers", "no-such-package"])
+    versions = helpers.machine.package_versions(["transformers", "no-such-package"])
     assert versions["no-such-package"] == ""
     assert json.dumps(versions)
     assert versions["transformers"].count(".") >= 1

@@ -97,7 +97,7 @@ def one_by_one(model, tokenizer, prompt, reference):
 @pytest.mark.parametrize("batch_tokens", [1, 1024, 4096])
 def test_likelihood_in_batches_is_that_of_one_by_one(tiny, batch_tokens):
     expected = [one_by_one(*tiny, *pair) for pair in zip(PROMPTS, REFERENCES, strict=True)]
-    found = helpers.reference_nll(*tiny, PROMPTS, REFERENCES, batch_tokens)
+    found = helpers.answers.reference_nll(*tiny, PROMPTS, REFERENCES, batch_tokens)
     assert found == pytest.approx(expected, rel=1e-5)
     assert len(set(found)) == 3
 
@@ -110,7 +110,7 @@ def test_likelihood_computes_logits_for_the_references_alone(tiny, monkeypatch):
     monkeypatch.setattr(
         model, "forward", lambda **values: shapes.append((out := forward(**values)).logits.shape) or out
     )
-    helpers.reference_nll(model, tokenizer, PROMPTS, REFERENCES)
+    helpers.answers.reference_nll(model, tokenizer, PROMPTS, REFERENCES)
     longest = max(len(tokenizer(reference, add_special_tokens=False)["input_ids"]) for reference in REFERENCES)
     assert [shape[:2] for shape in shapes] == [(3, longest + 1)]
 
@@ -120,7 +120,7 @@ def test_likelihood_copies_no_output_matrix(tiny):
     model, tokenizer = tiny
     model.requires_grad_(False)
     with torch.profiler.profile(record_shapes=True) as profile:
-        helpers.reference_nll(model, tokenizer, PROMPTS, REFERENCES)
+        helpers.answers.reference_nll(model, tokenizer, PROMPTS, REFERENCES)
     copied = [len(PROMPTS), model.config.hidden_size, model.config.vocab_size]
     shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
     assert shapes
@@ -129,18 +129,18 @@ def test_likelihood_copies_no_output_matrix(tiny):
 
 def test_likelihood_is_the_same_after_answering_in_slots(tiny):
     """Notebook 04 answers first; the attention of its slots cannot read padded batches."""
-    before = helpers.reference_nll(*tiny, PROMPTS, REFERENCES)
-    helpers.SlotDecoder(tiny[0], slots=2, columns=64)
+    before = helpers.answers.reference_nll(*tiny, PROMPTS, REFERENCES)
+    helpers.slots.Decoder(tiny[0], slots=2, columns=64)
     assert tiny[0].config._attn_implementation == "slots"
-    assert helpers.reference_nll(*tiny, PROMPTS, REFERENCES) == before
+    assert helpers.answers.reference_nll(*tiny, PROMPTS, REFERENCES) == before
 
 
 def test_unsloth_finds_the_same_likelihood(smoke):
     found = []
     for engine in ("transformers", "unsloth"):
-        model, tokenizer = helpers.load_model(str(smoke / "quantized"), engine, max_seq_length=512)
+        model, tokenizer = helpers.models.load(str(smoke / "quantized"), engine, max_seq_length=512)
         model.eval()
-        found.append(helpers.reference_nll(model, tokenizer, PROMPTS, REFERENCES))
+        found.append(helpers.answers.reference_nll(model, tokenizer, PROMPTS, REFERENCES))
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
@@ -181,7 +181,7 @@ def test_summary_leaves_out_what_it_is_told_and_what_is_missing():
 
 def test_smoke_run_is_scored(smoke):
     scores = json.loads((smoke / "scores.json").read_text(encoding="utf-8"))
-    tasks = helpers.read_tasks("data/sample/tasks.jsonl")
+    tasks = helpers.files.load_tasks("data/sample/tasks.jsonl")
     assert [row["task_id"] for row in scores["per_task"]] == [row["task_id"] for row in tasks]
     assert all(0 < row["nll"] < 10 and 0 <= row["chrf"] < 100 for row in scores["per_task"])
     assert scores["judge"] is None

@@ -32,13 +32,13 @@ def test_sft_text_keeps_both_texts_whole(instruction, response):
 
 def test_training_pairs_appends_qa_and_drops_other_columns(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "1", "instruction": "a", "response": "b", "conversations": []}')
-    pairs = helpers.training_pairs(helpers.load_pairs(str(tmp_path / "a.jsonl")), [{"input": "c", "output": "d"}])
+    pairs = helpers.training_pairs(helpers.files.load_pairs(str(tmp_path / "a.jsonl")), [{"input": "c", "output": "d"}])
     assert pairs == [{"instruction": "a", "response": "b"}, {"instruction": "c", "response": "d"}]
 
 
 def test_chat_template():
     tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
-    tokenizer.chat_template = helpers.GEMMA_CHAT_TEMPLATE
+    tokenizer.chat_template = helpers.models.GEMMA_CHAT_TEMPLATE
     turns = [{"role": "user", "content": " こんにちは "}, {"role": "assistant", "content": "はい"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text.strip() == (
@@ -52,7 +52,7 @@ def test_chat_template():
 
 def training(**settings):
     base = {"name": "base", "commit": "", "sha256": settings.pop("base", "1"), "inputs": {}}
-    return helpers.make_record("03_sft", {"model": base}, settings, [])
+    return helpers.records.make("03_sft", {"model": base}, settings, [])
 
 
 def checkpoint(folder, step, record):
@@ -60,7 +60,7 @@ def checkpoint(folder, step, record):
     path.mkdir(parents=True)
     for name in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors"):
         (path / name).write_text(f"{name} {step}")
-    helpers.write_record(path, record | {"measured": {"seconds": 1.0}})
+    helpers.records.write(path, record | {"measured": {"seconds": 1.0}})
     return path
 
 
@@ -76,12 +76,12 @@ def adapter(tmp_path):
 
 def test_resume_takes_the_newest_checkpoint_of_the_same_training(folder, adapter):
     record = training(r=8, modules=("q", "k"))
-    assert helpers.checkpoint_to_resume(folder, record, adapter) is None
+    assert helpers.training.checkpoint_to_resume(folder, record, adapter) is None
     checkpoint(folder, 300, record)
     newest = checkpoint(folder, 1200, record)
     for foreign in ("checkpoint-old", "checkpoint-1500x", "notes"):
         (folder / foreign).mkdir()
-    assert helpers.checkpoint_to_resume(folder, record, adapter) == newest
+    assert helpers.training.checkpoint_to_resume(folder, record, adapter) == newest
 
 
 @pytest.mark.parametrize(
@@ -95,70 +95,70 @@ def test_resume_takes_the_newest_checkpoint_of_the_same_training(folder, adapter
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(folder, adapter, capsys, damage, said):
     record = training(r=8)
-    helpers.checkpoint_to_resume(folder, record, adapter)
+    helpers.training.checkpoint_to_resume(folder, record, adapter)
     whole, damaged = checkpoint(folder, 300, record), checkpoint(folder, 1200, record)
     damage(damaged)
-    assert helpers.checkpoint_to_resume(folder, record, adapter) == whole
+    assert helpers.training.checkpoint_to_resume(folder, record, adapter) == whole
     printed = capsys.readouterr().out
     assert printed.startswith(f"{damaged} is left out: ") and said in printed and printed.count("\n") == 1
 
 
 def test_resume_refuses_checkpoints_of_other_settings_or_another_base(folder, adapter):
-    helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
+    helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
     kept = checkpoint(folder, 300, training(r=8, seed=1))
     for other, named in ((training(r=16, seed=1), "r"), (training(r=8, seed=1, base="2"), "model")):
         with pytest.raises(RecipeError, match=rf"other values of {named}:"):
-            helpers.checkpoint_to_resume(folder, other, adapter)
-    assert helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
+            helpers.training.checkpoint_to_resume(folder, other, adapter)
+    assert helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
     (folder / "record.json").write_text("[]")
     with pytest.raises(RecipeError, match=r"other values of r:"):  # every checkpoint repeats the record
-        helpers.checkpoint_to_resume(folder, training(r=16, seed=1), adapter)
+        helpers.training.checkpoint_to_resume(folder, training(r=16, seed=1), adapter)
     (folder / "record.json").unlink()
-    assert helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
+    assert helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
     (folder / "record.json").unlink()
     (kept / "record.json").unlink()
     with pytest.raises(RecipeError, match="other values of what it was started with"):
-        helpers.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
+        helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
 
 
 def finish(adapter, record):
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_text("weights")
-    helpers.write_record(adapter, record)
+    helpers.records.write(adapter, record)
 
 
 def test_a_finished_training_is_not_repeated(folder, adapter):
     record = training(r=8)
-    helpers.checkpoint_to_resume(folder, record, adapter)
+    helpers.training.checkpoint_to_resume(folder, record, adapter)
     last = checkpoint(folder, 300, record)
     finish(adapter, record)
-    assert helpers.checkpoint_to_resume(folder, record, adapter) == last
-    assert helpers.check_files(adapter, finished=True)
+    assert helpers.training.checkpoint_to_resume(folder, record, adapter) == last
+    assert helpers.records.check(adapter, finished=True)
 
 
 def test_another_training_after_a_finished_one_starts_anew(folder, adapter):
-    helpers.checkpoint_to_resume(folder, training(r=8), adapter)
+    helpers.training.checkpoint_to_resume(folder, training(r=8), adapter)
     checkpoint(folder, 300, training(r=8))
     finish(adapter, training(r=8))
-    assert helpers.checkpoint_to_resume(folder, training(r=16), adapter) is None
-    assert not helpers.read_record(adapter), "the old adapter still counts as finished"
+    assert helpers.training.checkpoint_to_resume(folder, training(r=16), adapter) is None
+    assert not helpers.records.read(adapter), "the old adapter still counts as finished"
     assert not list(folder.glob("checkpoint-*"))
 
 
 def test_a_checkpoint_of_another_training_is_left_out(folder, adapter, capsys):
     own, other = checkpoint(folder, 5, training(r=8)), checkpoint(folder, 10, training(r=8, base="2"))
-    helpers.write_json(folder / "record.json", training(r=8))
-    assert helpers.checkpoint_to_resume(folder, training(r=8), adapter) == own
+    helpers.files.write_json(folder / "record.json", training(r=8))
+    assert helpers.training.checkpoint_to_resume(folder, training(r=8), adapter) == own
     assert f"{other} is left out: it is of another training" in capsys.readouterr().out
 
 
 def test_an_old_adapter_is_not_finished_once_another_training_has_begun(folder, adapter):
     finish(adapter, training(r=8))
-    assert helpers.checkpoint_to_resume(folder, training(r=8), adapter) is None  # the checkpoints were deleted
-    assert helpers.check_files(adapter, finished=True)
-    assert helpers.checkpoint_to_resume(folder, training(r=16), adapter) is None
+    assert helpers.training.checkpoint_to_resume(folder, training(r=8), adapter) is None  # the checkpoints were deleted
+    assert helpers.records.check(adapter, finished=True)
+    assert helpers.training.checkpoint_to_resume(folder, training(r=16), adapter) is None
     with pytest.raises(RecipeError, match="has no record"):
-        helpers.check_files(adapter, finished=True)
+        helpers.records.check(adapter, finished=True)
 
 
 def test_noise_without_padding_is_that_of_a_padded_batch():
@@ -167,7 +167,7 @@ def test_noise_without_padding_is_that_of_a_padded_batch():
     model = Gemma2ForCausalLM(Gemma2Config(**config, num_attention_heads=2, num_key_value_heads=1)).train()
     embeddings = model.get_input_embeddings()
     activate_neftune(model, 5)
-    helpers.noise_as_with_padding(model, 5)
+    helpers.training.noise_as_with_padding(model, 5)
     noise = []
     clean = embeddings.weight.data * embeddings.embed_scale
     embeddings.register_forward_hook(lambda _m, ids, out: noise.append((out - clean[ids[0]]).abs().max().item()))
@@ -191,8 +191,10 @@ def test_answer_labels_cover_the_answer_and_nothing_else(response):
 
 
 def test_out_of_memory_keeps_the_effective_batch():
-    assert "per_device_train_batch_size=8 and gradient_accumulation_steps=4" in str(helpers.out_of_memory(16, 2))
-    assert "lower max_seq_length" in str(helpers.out_of_memory(1, 32))
+    assert "per_device_train_batch_size=8 and gradient_accumulation_steps=4" in str(
+        helpers.training.out_of_memory(16, 2)
+    )
+    assert "lower max_seq_length" in str(helpers.training.out_of_memory(1, 32))
 
 
 def test_control_tokens_in_a_text_stay_text():
@@ -225,7 +227,7 @@ def test_even_rows_hold_every_text_once_in_each_epoch_whatever_the_number_of_pro
     class Trainer:
         args, train_dataset = Args, {"input_ids": [[0] * length for length in range(1, 101)]}
 
-    helpers.deal_evenly(Trainer)
+    helpers.training.balance_rows(Trainer)
     sampler = Trainer._get_train_sampler(None)
     epochs = [list(sampler)]
     sampler.set_epoch(1)

@@ -137,7 +137,7 @@ def committed(commit: list[dict]) -> dict[str, bytes | str]:
 def test_folder_goes_to_a_private_repository_and_an_interrupted_push_goes_on(hub, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
     (tmp_path / "model.safetensors").write_bytes(b"weights" * 1000)
-    push = f"helpers.push_folder({str(tmp_path)!r}, 'me/thing', 'hf_x')"
+    push = f"helpers.hub.push({str(tmp_path)!r}, 'me/thing', 'hf_x')"
     hub.refuse = True
     assert call(hub, push).returncode == 1
     assert (len(hub.stored), hub.commits) == (1, [])
@@ -153,14 +153,16 @@ def test_folder_goes_to_a_private_repository_and_an_interrupted_push_goes_on(hub
 
 def test_licence_is_read_from_the_card(hub):
     hub.cards = {"a/free": {"license": "apache-2.0"}, "a/share-alike": {"license": ["cc-by-sa-4.0"]}, "a/none": {}}
-    free = call(hub, "print(helpers.data_source('a/free'))")
+    free = call(hub, "print(helpers.records.data_source('a/free'))")
     expected = {"name": "a/free", "commit": SHA, "sha256": "", "licence": "apache-2.0", "inputs": {}}
     assert free.stdout.strip() == str(expected), free.stderr
     for name, licence in {"a/share-alike": "cc-by-sa-4.0", "a/none": "unknown"}.items():
-        source = f"helpers.data_source({name!r}, 'main')"
-        stopped = call(hub, f"helpers.check_licences({{'dataset': {source}}})")
+        source = f"helpers.records.data_source({name!r}, 'main')"
+        stopped = call(hub, f"helpers.records.check_licences({{'dataset': {source}}})")
         assert f"RecipeError: {name}: the licence {licence} is not on the allowed list" in stopped.stderr
-        allowed = call(hub, f"helpers.check_licences({{'dataset': {source}}}, {licence!r}); print({source}['licence'])")
+        allowed = call(
+            hub, f"helpers.records.check_licences({{'dataset': {source}}}, {licence!r}); print({source}['licence'])"
+        )
         assert allowed.stdout.strip() == licence
 
 

@@ -105,7 +105,7 @@ def reply(content, **usage):
 
 def judge(server, cache, tasks=TASKS, answers=ANSWERS, **values):
     values = {"model": "judge-1", "key": "secret-key", "timeout": 5.0} | values
-    return helpers.judge_answers(tasks, answers, base_url=server.url, cache=cache, **values)
+    return helpers.judge.grade(tasks, answers, base_url=server.url, cache=cache, **values)
 
 
 def test_grades_are_asked_for_by_the_rubric_and_kept(serve, tmp_path):
@@ -136,7 +136,7 @@ def test_what_is_known_is_not_asked_again_and_what_changed_is(serve, tmp_path):
 def test_a_new_rubric_is_asked_again(serve, tmp_path, monkeypatch):
     server = serve(GOOD)
     judge(server, tmp_path)
-    monkeypatch.setattr(helpers, "RUBRIC_VERSION", "test")
+    monkeypatch.setattr(helpers.judge, "RUBRIC_VERSION", "test")
     judge(server, tmp_path)
     assert len(server.requests) == 10
 
@@ -335,7 +335,7 @@ def test_a_busy_judge_is_asked_four_times_in_all(serve, tmp_path, status):
 @pytest.mark.parametrize("base_url", ["http://[", "no address", "ftp://127.0.0.1/v1", "http://127.0.0.1:99999/v1", "/"])
 def test_a_wrong_address_is_a_failure_and_no_error(tmp_path, short_pauses, base_url):
     values = {"base_url": base_url, "model": "judge-1", "key": "secret-key", "cache": tmp_path, "timeout": 5.0}
-    (failure,) = helpers.judge_answers(TASKS[:1], ANSWERS[:1], **values)["failures"]
+    (failure,) = helpers.judge.grade(TASKS[:1], ANSWERS[:1], **values)["failures"]
     assert 0 < len(failure["reason"]) <= 80
 
 
@@ -361,7 +361,7 @@ def test_the_judge_is_reached_through_the_proxy_of_the_environment(serve, tmp_pa
     monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
     monkeypatch.delenv("no_proxy", raising=False)
     values = {"base_url": "http://judge.invalid/v1", "model": "judge-1", "key": "secret-key", "cache": tmp_path}
-    assert helpers.judge_answers(TASKS[:1], ANSWERS[:1], **values)["grades"] == {0: 4}
+    assert helpers.judge.grade(TASKS[:1], ANSWERS[:1], **values)["grades"] == {0: 4}
     assert server.requests[0]["path"] == "http://judge.invalid/v1/chat/completions"
 
 
@@ -370,7 +370,7 @@ def test_notebook_scores_the_tasks_with_a_reference(serve, smoke, tmp_path, monk
     """The judge at work in notebook 04; a missing reference is no error, and the key is in no file."""
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
     tasks = [{"task_id": i, "input": f"課題{i}", "output": text} for i, text in enumerate(references)]
-    helpers.write_jsonl(tmp_path / "tasks.jsonl", tasks)
+    helpers.files.write_jsonl(tmp_path / "tasks.jsonl", tasks)
     values = {"tasks": str(tmp_path / "tasks.jsonl"), "model": str(smoke / "quantized"), "adapter": "none", "k": 1}
     server = serve(GOOD)
     execute("04_rag_inference", tmp_path / "run", **values, judge_base_url=server.url, judge_model="judge-1")

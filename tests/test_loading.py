@@ -27,11 +27,11 @@ def two_models(tmp_path):
 
 def test_another_model_than_named_stops_the_run(two_models):
     with pytest.raises(RecipeError, match=rf"unsloth loaded {two_models.parent}/m instead of {two_models}"):
-        helpers.load_model(str(two_models), "unsloth", max_seq_length=64)
+        helpers.models.load(str(two_models), "unsloth", max_seq_length=64)
 
 
 def test_the_plain_engine_loads_what_was_named(two_models):
-    model, _ = helpers.load_model(str(two_models), "transformers", max_seq_length=64)
+    model, _ = helpers.models.load(str(two_models), "transformers", max_seq_length=64)
     assert model.config._name_or_path == str(two_models)
 
 
@@ -49,10 +49,10 @@ def test_adapter_of_another_base_stops_the_run(tmp_path):
         "target_modules": ["q_proj"],
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    adapter = helpers.model_source(str(tmp_path))
-    helpers.check_adapter(adapter, {"name": "unsloth/gemma-2-27b-bnb-4bit"})
+    adapter = helpers.records.model_source(str(tmp_path))
+    helpers.records.check_adapter(adapter, {"name": "unsloth/gemma-2-27b-bnb-4bit"})
     with pytest.raises(RecipeError, match=r"trained on unsloth/gemma-2-27b-bnb-4bit, not on google/gemma-2-27b"):
-        helpers.check_adapter(adapter, {"name": "google/gemma-2-27b"})
+        helpers.records.check_adapter(adapter, {"name": "google/gemma-2-27b"})
 
 
 def test_adapter_of_a_base_that_was_moved(tmp_path):
@@ -61,12 +61,12 @@ def test_adapter_of_a_base_that_was_moved(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_text(weights)
-    base = helpers.model_source(str(tmp_path / "elsewhere"))
-    helpers.write_record(tmp_path / "adapter", helpers.make_record("03_sft", {"model": base}, {}, []))
-    adapter = helpers.model_source(str(tmp_path / "adapter"))
-    helpers.check_adapter(adapter, helpers.model_source(str(tmp_path / "moved")))
+    base = helpers.records.model_source(str(tmp_path / "elsewhere"))
+    helpers.records.write(tmp_path / "adapter", helpers.records.make("03_sft", {"model": base}, {}, []))
+    adapter = helpers.records.model_source(str(tmp_path / "adapter"))
+    helpers.records.check_adapter(adapter, helpers.records.model_source(str(tmp_path / "moved")))
     with pytest.raises(RecipeError, match=r"trained on .*/elsewhere, not on .*/other"):
-        helpers.check_adapter(adapter, helpers.model_source(str(tmp_path / "other")))
+        helpers.records.check_adapter(adapter, helpers.records.model_source(str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_adapter_of_a_base_that_was_moved(tmp_path):
 )
 def test_missing_models(name, message):
     with pytest.raises(RecipeError, match=message):
-        helpers.find_model(name)
+        helpers.hub.find_model(name)
 
 
 def test_full_size_model_without_a_gpu(tmp_path):
@@ -89,7 +89,7 @@ def test_full_size_model_without_a_gpu(tmp_path):
     config |= {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "layer_types": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match=r"no GPU here, and the model has 27\.2 billion weights"):
-        helpers.load_model(str(tmp_path), "transformers", max_seq_length=64)
+        helpers.models.load(str(tmp_path), "transformers", max_seq_length=64)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +127,16 @@ def test_a_model_without_one_of_its_tensors_stops_the_run(tmp_path):
     """transformers would fill it with random numbers and go on."""
     without_a_tensor(ROOT / "data/tiny/gemma2", tmp_path / "model")
     with pytest.raises(RecipeError, match=r"model: 1 tensors are missing, such as model\."):
-        helpers.load_model(str(tmp_path / "model"), "transformers", max_seq_length=64)
+        helpers.models.load(str(tmp_path / "model"), "transformers", max_seq_length=64)
 
 
 def test_an_adapter_without_one_of_its_tensors_stops_the_run(smoke, tmp_path):
     without_a_tensor(smoke / "adapter", tmp_path / "adapter")
-    model, _ = helpers.load_model(str(smoke / "quantized"), "transformers", max_seq_length=64)
+    model, _ = helpers.models.load(str(smoke / "quantized"), "transformers", max_seq_length=64)
     with pytest.raises(RecipeError, match=r"adapter: 1 of its tensors are missing"):
-        helpers.load_adapter(model, str(tmp_path / "adapter"))
-    helpers.load_adapter(
-        helpers.load_model(str(smoke / "quantized"), "transformers", max_seq_length=64)[0], str(smoke / "adapter")
+        helpers.models.load_adapter(model, str(tmp_path / "adapter"))
+    helpers.models.load_adapter(
+        helpers.models.load(str(smoke / "quantized"), "transformers", max_seq_length=64)[0], str(smoke / "adapter")
     )
 
 
@@ -151,6 +151,6 @@ def test_a_process_uses_one_gpu(monkeypatch, number, visible, chosen):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if number:
         monkeypatch.setenv("LOCAL_RANK", number)
-    helpers.start_engine("transformers")
+    helpers.machine.start_engine("transformers")
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
     assert taken == chosen

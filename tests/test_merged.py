@@ -54,7 +54,7 @@ def quantize(source, folder, quant_type, double):
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
-    helpers.keep_weights_unpacked(model)
+    helpers.models.keep_weights_unpacked(model)
     model.save_pretrained(folder)
     return folder
 
@@ -67,11 +67,11 @@ def test_every_weight_is_what_peft_would_merge(kind, rslora, tmp_path):
     adapter = save_adapter(TINY if "4" in kind else base, tmp_path / "adapter", use_rslora=rslora)
     if "4" in kind:
         base = quantize(TINY, tmp_path / "base", kind[:3], "double" in kind)
-    helpers.merge_adapter(str(base), adapter, tmp_path / "merged")
+    helpers.models.merge_adapter(str(base), adapter, tmp_path / "merged")
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     if "4" in kind:
-        helpers.keep_weights_unpacked(model)
+        helpers.models.keep_weights_unpacked(model)
         model = model.dequantize()
     expected = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload().bfloat16().state_dict()
     found = all_tensors(tmp_path / "merged")
@@ -86,10 +86,10 @@ def test_every_weight_is_what_peft_would_merge(kind, rslora, tmp_path):
 def test_without_a_record_it_is_unfinished_and_old_files_are_gone(tmp_path):
     adapter, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "merged"
     shutil.copytree(TINY, merged)
-    helpers.write_record(merged, helpers.make_record("03_sft", {}, {}, []))
-    helpers.merge_adapter(str(TINY), adapter, merged)
+    helpers.records.write(merged, helpers.records.make("03_sft", {}, {}, []))
+    helpers.models.merge_adapter(str(TINY), adapter, merged)
     with pytest.raises(RecipeError, match="merged is unfinished"):
-        helpers.model_source(str(merged))
+        helpers.records.model_source(str(merged))
     assert sorted(path.name for path in merged.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -108,7 +108,7 @@ def test_too_little_memory_or_disk_is_told_before_anything_is_deleted(small, tmp
     if small == "disk":
         monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=2**60))
     with pytest.raises(RecipeError, match=rf"merged takes 281475\.0 GB, and the {small} has .* GB: make room"):
-        helpers.merge_adapter(str(base), adapter, merged)
+        helpers.models.merge_adapter(str(base), adapter, merged)
     assert (merged / "model.safetensors").is_file()
 
 
@@ -116,12 +116,12 @@ def test_a_base_on_the_hub_gives_the_same_files(hub, tmp_path, monkeypatch):  # 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     hub.files["me/base"] = {path.name: path.read_bytes() for path in TINY.iterdir()}
     adapter = save_adapter(TINY, tmp_path / "adapter")
-    load = f"helpers.load_model('me/base', 'transformers', max_seq_length=64, revision={SHA!r})"
-    merge = f"helpers.merge_adapter('me/base', {str(adapter)!r}, {str(tmp_path / 'merged')!r}, {SHA!r})"
+    load = f"helpers.models.load('me/base', 'transformers', max_seq_length=64, revision={SHA!r})"
+    merge = f"helpers.models.merge_adapter('me/base', {str(adapter)!r}, {str(tmp_path / 'merged')!r}, {SHA!r})"
     done = call(hub, f"{load}; {merge}")
     assert done.returncode == 0, done.stderr
-    helpers.merge_adapter(str(TINY), adapter, tmp_path / "expected")
-    assert helpers.hash_files(tmp_path / "merged") == helpers.hash_files(tmp_path / "expected")
+    helpers.models.merge_adapter(str(TINY), adapter, tmp_path / "expected")
+    assert helpers.files.hashes(tmp_path / "merged") == helpers.files.hashes(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
@@ -129,19 +129,19 @@ def test_notebook_3_writes_a_model_that_answers_like_base_and_adapter(smoke, tmp
     base, merged = str(smoke / "quantized"), str(tmp_path / "merged")
     data = {"model": base, "train_data": str(smoke / "filtered_magpie.jsonl")}
     execute("03_sft", tmp_path, engine=engine, export_merged=True, **data)
-    record = helpers.check_files(merged, finished=True)
-    assert record["inputs"]["model"] == helpers.model_source(base)
-    assert record["inputs"]["adapter"] == helpers.model_source(str(tmp_path / "adapter"))
+    record = helpers.records.check(merged, finished=True)
+    assert record["inputs"]["model"] == helpers.records.model_source(base)
+    assert record["inputs"]["adapter"] == helpers.records.model_source(str(tmp_path / "adapter"))
     assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= record["files"].keys()
     assert "data/sample/qa.jsonl" in Path(merged, "README.md").read_text(encoding="utf-8")
 
     # Every token of a greedy answer of base + adapter is the first choice of merged/, too, but for a step of bf16:
     # where two tokens score the same, rounding decides between them.
-    load = partial(helpers.load_model, engine="transformers", max_seq_length=256)
+    load = partial(helpers.models.load, engine="transformers", max_seq_length=256)
     (trained, tokenizer), (alone, _), (model, _) = load(base), load(base), load(merged)
-    trained = helpers.load_adapter(trained, str(tmp_path / "adapter"))
+    trained = helpers.models.load_adapter(trained, str(tmp_path / "adapter"))
     behind = {"merged": [], "base alone": []}
-    for task in helpers.load_rows(ROOT / "data/sample/tasks.jsonl")[:5]:
+    for task in helpers.files.load_rows(ROOT / "data/sample/tasks.jsonl")[:5]:
         prompt = helpers.encode(tokenizer, helpers.sft_text(task["input"], "", "")).ids
         with torch.no_grad():
             row = trained.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, max_length=None)

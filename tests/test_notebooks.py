@@ -144,15 +144,15 @@ def test_other_values_reach_training_and_inference(smoke, tmp_path, engine):
 def test_texts_that_speak_of_control_tokens_are_trained_on(smoke, tmp_path):
     """ "<eos>" in a question is text: it neither ends the training text nor counts as a second <bos>."""
     rows = [{"input": "文の終わりの<eos>とは？", "output": "<bos>で始まり<eos>で終わるという印です。"}] * 8
-    helpers.write_jsonl(tmp_path / "qa.jsonl", rows)
+    helpers.files.write_jsonl(tmp_path / "qa.jsonl", rows)
     own = {"model": str(smoke / "quantized"), "train_data": str(tmp_path / "own.jsonl")}
-    helpers.write_jsonl(own["train_data"], [{"instruction": r["input"], "response": r["output"]} for r in rows])
+    helpers.files.write_jsonl(own["train_data"], [{"instruction": r["input"], "response": r["output"]} for r in rows])
     execute("03_sft", tmp_path, qa_data=str(tmp_path / "qa.jsonl"), max_steps=1, warmup_steps=0, **own)
-    assert helpers.check_files(tmp_path / "adapter", finished=True)
+    assert helpers.records.check(tmp_path / "adapter", finished=True)
 
 
 def test_a_data_set_of_an_unknown_form_stops_before_anything_is_written(tmp_path):
-    helpers.write_jsonl(tmp_path / "rows.jsonl", [{"title": "山", "text": "富士山は高い。"}] * 3)
+    helpers.files.write_jsonl(tmp_path / "rows.jsonl", [{"title": "山", "text": "富士山は高い。"}] * 3)
     with pytest.raises(PapermillExecutionError) as error:
         execute("02_filter_magpie", tmp_path / "out", dataset=str(tmp_path / "rows.jsonl"))
     assert error.value.ename == "RecipeError"
@@ -168,8 +168,8 @@ def test_answers_are_those_of_the_adapter_that_lies_there(smoke, tmp_path):
     for steps in (2, 20):
         execute("03_sft", tmp_path, max_steps=steps, warmup_steps=0, **data)
         execute("04_rag_inference", tmp_path, model=model)
-        record = helpers.check_files(tmp_path / "output.jsonl", finished=True)
-        adapter = helpers.model_source(str(tmp_path / "adapter"), finished=True)
+        record = helpers.records.check(tmp_path / "output.jsonl", finished=True)
+        adapter = helpers.records.model_source(str(tmp_path / "adapter"), finished=True)
         assert record["inputs"]["adapter"]["sha256"] == adapter["sha256"]
         answers.append((tmp_path / "output.jsonl").read_bytes())
     assert answers[0] != answers[1]

@@ -11,7 +11,7 @@ from papermill.exceptions import PapermillExecutionError
 from test_notebooks import NOTEBOOKS, RUN_FILES, defaults, execute, parameters_cell, source
 
 import helpers
-from helpers import PARAMETERS, RecipeError, Text
+from helpers import RecipeError, Text
 from run_file import read_notebook, read_run
 
 # Found by use; each of them was accepted in silence once, or ended in an error of a library after hours.
@@ -55,15 +55,15 @@ def kinds_of_wrong(allowed):
 
 
 def test_the_table_and_the_notebooks_name_the_same_parameters():
-    assert {name for path in NOTEBOOKS for name in defaults(path)} == PARAMETERS.keys()
+    assert {name for path in NOTEBOOKS for name in defaults(path)} == helpers.parameters.ALLOWED.keys()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_defaults_are_allowed_and_forms_offer_the_choices_of_the_table(path):
-    helpers.check_parameters(defaults(path))
+    helpers.parameters.check(defaults(path))
     for line in source(parameters_cell(path)).splitlines():
         name, form = line.split(" ")[0], line.partition("# @param ")[2]
-        allowed, choices = PARAMETERS[name], re.match(r"\[.*?\]", form)
+        allowed, choices = helpers.parameters.ALLOWED[name], re.match(r"\[.*?\]", form)
         if choices:
             assert ast.literal_eval(choices[0]) == allowed
         else:
@@ -78,17 +78,17 @@ def test_run_files_are_allowed(path, monkeypatch):
     read_run(path, [], {path.stem: read_notebook(path) for path in NOTEBOOKS})
 
 
-@pytest.mark.parametrize(("name", "allowed"), PARAMETERS.items(), ids=PARAMETERS)
+@pytest.mark.parametrize(("name", "allowed"), helpers.parameters.ALLOWED.items(), ids=helpers.parameters.ALLOWED)
 def test_what_is_not_allowed_is_refused_by_name(name, allowed):
     for value in kinds_of_wrong(allowed):
         with pytest.raises(RecipeError) as raised:
-            helpers.check_parameters({name: value, "another": value})
+            helpers.parameters.check({name: value, "another": value})
         assert str(raised.value).startswith(f"{name} must be ") and "\n" not in str(raised.value)
 
 
 def test_all_mistakes_are_named_at_once_with_what_is_allowed():
     with pytest.raises(RecipeError) as raised:
-        helpers.check_parameters({"r": 0, "loss_on": "answers", "learning_rate": math.inf, "qa_data": 1}, "03_sft.")
+        helpers.parameters.check({"r": 0, "loss_on": "answers", "learning_rate": math.inf, "qa_data": 1}, "03_sft.")
     assert str(raised.value) == (
         "03_sft.qa_data must be the name of a file, a folder or a hub repository, without ~ and spaces at its ends, in "
         'quotes (run file: `qa_data: "1"`, papermill: `-r qa_data "1"`); it is 1; 03_sft.r must be a whole number from '

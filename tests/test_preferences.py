@@ -88,7 +88,7 @@ def test_the_trainer_sees_the_pairs_and_starts_from_the_reference(tmp_path):
 def test_answers_in_a_padded_batch_are_those_of_each_question_alone(loaded, monkeypatch):
     model, tokenizer = loaded
     monkeypatch.setattr(preferences, "NEW_TOKENS", 8)
-    questions = [row["input"] for row in helpers.load_pairs(ROWS)[:3]]
+    questions = [row["input"] for row in helpers.files.load_pairs(ROWS)[:3]]
     found = preferences.write_answers(model.float(), tokenizer, questions, preferences.GREEDY)
     assert found == [preferences.write_answers(model, tokenizer, [q], preferences.GREEDY)[0] for q in questions]
     assert len({text for text, _ in found}) == 3
@@ -99,22 +99,23 @@ def test_notebook_4_gets_an_adapter_that_prefers_the_chosen_answers(tmp_path, mo
     monkeypatch.setitem(preferences.TRAINING, "learning_rate", 1e-2)
     monkeypatch.setattr(preferences, "PAIRS_PER_STEP", 4)
     run(monkeypatch, "dpo", rows=ROWS, count=16, out=tmp_path)
-    source = helpers.model_source(str(tmp_path / "adapter"), finished=True)
-    helpers.check_adapter(source, helpers.model_source(TINY))
-    assert helpers.read_record(tmp_path / "adapter")["settings"]["count"] == 16
-    pairs = helpers.load_pairs(str(tmp_path / "pairs.jsonl"))  # as notebook 3 reads them
-    assert pairs == helpers.load_pairs(ROWS)[:16]
+    source = helpers.records.model_source(str(tmp_path / "adapter"), finished=True)
+    helpers.records.check_adapter(source, helpers.records.model_source(TINY))
+    assert helpers.records.read(tmp_path / "adapter")["settings"]["count"] == 16
+    pairs = helpers.files.load_pairs(str(tmp_path / "pairs.jsonl"))  # as notebook 3 reads them
+    assert pairs == helpers.files.load_pairs(ROWS)[:16]
 
     model, tokenizer = preferences.load(TINY)
-    lm = helpers.load_adapter(model, str(tmp_path / "adapter"))
+    lm = helpers.models.load_adapter(model, str(tmp_path / "adapter"))
     stored = load_file(tmp_path / "adapter/adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16}  # as notebook 3 saves it
-    rows = helpers.load_rows(tmp_path / "pairs.jsonl")
+    rows = helpers.files.load_rows(tmp_path / "pairs.jsonl")
     prompts = [helpers.sft_text(row["input"], "", "") for row in rows]
 
     def margin():
         nll = [
-            helpers.reference_nll(lm, tokenizer, prompts, [r[name] for r in rows]) for name in ("output", "rejected")
+            helpers.answers.reference_nll(lm, tokenizer, prompts, [r[name] for r in rows])
+            for name in ("output", "rejected")
         ]
         return sum(nll[1]) - sum(nll[0])
 
@@ -144,7 +145,7 @@ def test_three_ways_of_decoding_for_compare(tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "SAMPLES", 3)
     run(monkeypatch, "mbr", tasks=tasks, out=tmp_path)
     arms = ["greedy", "first", "mbr"]
-    outputs = {arm: [row["output"] for row in helpers.load_rows(tmp_path / arm / "output.jsonl")] for arm in arms}
+    outputs = {arm: [row["output"] for row in helpers.files.load_rows(tmp_path / arm / "output.jsonl")] for arm in arms}
     report = preferences.json.loads((tmp_path / "mbr.json").read_text(encoding="utf-8"))
     samples = [[text for text, _ in group] for group in report["samples"]]
     assert outputs["first"] == [texts[0] for texts in samples]

@@ -208,11 +208,11 @@ def refusal(function, *arguments):
 def test_every_known_form_is_read_for_training_for_shots_and_as_tasks(tmp_path, capsys, form):
     rows = [FORMS[form](question) for question in QUESTIONS]
     path = write(tmp_path, "a.jsonl", lines(rows))
-    pairs = helpers.load_pairs(path)
+    pairs = helpers.files.load_pairs(path)
     assert "3 rows read as " in capsys.readouterr().out
     assert [pair["output"] for pair in pairs] == [ANSWER] * 3
     assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
-    tasks = helpers.read_tasks(path)
+    tasks = helpers.files.load_tasks(path)
     assert [(task["task_id"], task["input"], task["output"]) for task in tasks] == [
         (n, pair["input"], ANSWER) for n, pair in enumerate(pairs)
     ]
@@ -222,15 +222,15 @@ def test_every_known_form_is_read_for_training_for_shots_and_as_tasks(tmp_path, 
 @pytest.mark.parametrize("rules", ["2024", "reviewed"])
 def test_every_known_form_is_filtered_and_trained_on(tmp_path, form, rules):
     rows = [FORMS[form](question) for question in QUESTIONS]
-    loaded = helpers.load_rows(write(tmp_path, "a.jsonl", lines(rows)))
-    helpers.check_forms("a.jsonl", loaded)
-    filter_rules = helpers.load_rules(f"data/filter_rules_{rules}.json")
+    loaded = helpers.files.load_rows(write(tmp_path, "a.jsonl", lines(rows)))
+    helpers.files.check_forms("a.jsonl", loaded)
+    filter_rules = helpers.files.load_rules(f"data/filter_rules_{rules}.json")
     lenient = replace(filter_rules, rare_below=0, rare_after_below=0)
     kept, dropped, report = helpers.filter_rows(loaded, lenient)
     assert (report["rows_kept"], dropped) == (3, [])
     assert all(row["conversations"][-1].get("role") == "assistant" for row in kept)
-    helpers.write_jsonl(tmp_path / "kept.jsonl", kept)
-    pairs = helpers.load_pairs(str(tmp_path / "kept.jsonl"))
+    helpers.files.write_jsonl(tmp_path / "kept.jsonl", kept)
+    pairs = helpers.files.load_pairs(str(tmp_path / "kept.jsonl"))
     assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
     assert [pair["output"] for pair in pairs] == [ANSWER] * 3
     if form == "magpie":  # the row as it is, and two more columns
@@ -241,17 +241,17 @@ def test_every_known_form_is_filtered_and_trained_on(tmp_path, form, rules):
 def test_unknown_forms_stop_at_once_with_row_and_columns(tmp_path, kind):
     row, said = UNKNOWN[kind]
     path = write(tmp_path, "a.jsonl", lines([row] * 3))
-    assert (message := refusal(helpers.load_pairs, path)).startswith(f"{path}, line 1: ") and said in message
-    message = refusal(helpers.check_forms, "a.jsonl", helpers.load_rows(path))
+    assert (message := refusal(helpers.files.load_pairs, path)).startswith(f"{path}, line 1: ") and said in message
+    message = refusal(helpers.files.check_forms, "a.jsonl", helpers.files.load_rows(path))
     assert message.startswith("3 of 3 rows cannot be used. The first one: a.jsonl, row 1: ")
 
 
 def test_a_few_malformed_rows_do_not_stop_the_filter(capsys):
     good, bad = FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}
-    helpers.check_forms("a", [good, bad, good, bad])
+    helpers.files.check_forms("a", [good, bad, good, bad])
     assert "2 rows read as conversations" in (said := capsys.readouterr().out)
     assert "2 rows cannot be used. The first one: a, row 2: " in said
-    assert "3 of 4 rows" in refusal(helpers.check_forms, "a", [good, bad, bad, bad])
+    assert "3 of 4 rows" in refusal(helpers.files.check_forms, "a", [good, bad, bad, bad])
 
 
 def test_columns_that_are_null_do_not_hide_the_form_of_a_row(tmp_path):
@@ -261,7 +261,7 @@ def test_columns_that_are_null_do_not_hide_the_form_of_a_row(tmp_path):
         {"conversations": None, "instruction": question[:5], "input": question[5:], "output": ANSWER},
         {"conversations": turns(question), "instruction": None, "input": None, "output": None},
     ]
-    for pair in helpers.load_pairs(write(tmp_path, "a.parquet", parquet(rows))):
+    for pair in helpers.files.load_pairs(write(tmp_path, "a.parquet", parquet(rows))):
         assert (pair["input"].replace("\n", ""), pair["output"]) == (question, ANSWER)
     kept, _, _ = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
     assert [row["instruction"].replace("\n", "") for row in kept] == [question] * 2
@@ -275,31 +275,31 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     rows = [{"task_id": 10 + n, "input": f'「{q}」,\n"{n}"', "output": f"00{n}"} for n, q in enumerate(QUESTIONS)]
     name, write_rows = FILES[kind]
     path = write(tmp_path, name, write_rows(rows))
-    assert helpers.load_rows(path) == rows
-    assert helpers.load_rows(path, max_rows=2) == rows[:2]
+    assert helpers.files.load_rows(path) == rows
+    assert helpers.files.load_rows(path, max_rows=2) == rows[:2]
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_unreadable_files_are_named_with_the_place_and_the_remedy(tmp_path, kind):
     name, data, said = BAD_FILES[kind]
     path = write(tmp_path, name, data)
-    message = refusal(helpers.load_rows, path)
+    message = refusal(helpers.files.load_rows, path)
     assert message.startswith(path)
     assert re.search(said, message), message
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "data/absent.csv", "./a/b", "a/b/c", "~/data/x"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(name):
-    assert refusal(helpers.load_rows, name).startswith(f"{name}: no such file or folder")
+    assert refusal(helpers.files.load_rows, name).startswith(f"{name}: no such file or folder")
 
 
 def test_a_folder_gives_the_rows_of_its_split_train_in_the_order_of_its_files(tmp_path):
     for name, row in (("train-00001-of-00002", 2), ("train-00000-of-00002", 1), ("test-00000-of-00001", 3)):
         write(tmp_path, f"data/{name}.jsonl.gz", gzip.compress(lines([{"n": row}])))
     write(tmp_path, "README.md", b"# A data set")
-    assert helpers.load_rows(tmp_path) == [{"n": 1}, {"n": 2}]
+    assert helpers.files.load_rows(tmp_path) == [{"n": 1}, {"n": 2}]
     write(tmp_path, "data/train-00001-of-00002.jsonl.gz", gzip.compress(b'{"n": 2}\n{"n": \n'))
-    assert "train-00001-of-00002.jsonl.gz, line 2: not valid JSON" in refusal(helpers.load_rows, tmp_path)
+    assert "train-00001-of-00002.jsonl.gz, line 2: not valid JSON" in refusal(helpers.files.load_rows, tmp_path)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -338,7 +338,7 @@ def test_a_hub_data_set_gives_the_rows_as_they_are_and_is_read_again_without_net
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     home = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    code = "import json, helpers; print(json.dumps(helpers.load_rows('me/rows', 'main')))"
+    code = "import json, helpers; print(json.dumps(helpers.files.load_rows('me/rows', 'main')))"
     try:
         for offline in "01":
             environment = os.environ | home | {"HF_HUB_OFFLINE": offline}
@@ -363,7 +363,7 @@ MIXED = [
 
 def test_mixed_types_and_nested_keys_of_a_folder_stay_as_they_are(tmp_path):
     write(tmp_path, "train.jsonl", lines(MIXED))
-    assert helpers.load_rows(tmp_path) == MIXED
+    assert helpers.files.load_rows(tmp_path) == MIXED
 
 
 def test_what_datasets_stores_as_json_in_parquet_is_read_as_values(tmp_path):
@@ -373,7 +373,7 @@ def test_what_datasets_stores_as_json_in_parquet_is_read_as_values(tmp_path):
     stored = load_dataset(str(tmp_path / "in"), split="train", cache_dir=str(tmp_path / "cache"))
     stored.to_parquet(tmp_path / "out.parquet")
     assert "json" in str(pq.read_schema(tmp_path / "out.parquet").field("conversations").type)
-    rows = helpers.load_rows(tmp_path / "out.parquet")
+    rows = helpers.files.load_rows(tmp_path / "out.parquet")
     assert rows == stored.to_list()  # datasets itself reads "1" in a mixed column as 1
     assert [row["conversations"] for row in rows] == [row["conversations"] for row in MIXED]
 
@@ -388,25 +388,27 @@ NO_TEXT = {"null": None, "a number": 5, "true or false": True, "a list": ["a"], 
 def test_what_is_no_text_is_refused_by_file_row_and_key(tmp_path, key, kind):
     path = write(tmp_path, "qa.jsonl", lines([ROW, ROW | {key: NO_TEXT[kind]}]))
     if (key, kind) == ("output", "a number"):
-        assert helpers.load_pairs(path)[1] == {"input": "山は？", "output": "5"}
+        assert helpers.files.load_pairs(path)[1] == {"input": "山は？", "output": "5"}
     else:
-        message = refusal(helpers.load_pairs, path)
+        message = refusal(helpers.files.load_pairs, path)
         assert message.startswith(f"{path}, line 2: ") and f"{key}) is {kind}, expected text" in message
     if key == "input":
-        assert f"question (input) is {kind}, expected text" in refusal(helpers.read_tasks, path)
+        assert f"question (input) is {kind}, expected text" in refusal(helpers.files.load_tasks, path)
 
 
 def test_half_surrogate_pairs_are_refused(tmp_path):
     for key in ("input", "output", "task_id"):
         path = write(tmp_path, "a.jsonl", json.dumps(ROW | {key: "山\ud83d"}).encode())
-        assert "line 1: " in (message := refusal(helpers.read_tasks, path)) and "U+D83D, half a surrogate" in message
+        assert (
+            "line 1: " in (message := refusal(helpers.files.load_tasks, path)) and "U+D83D, half a surrogate" in message
+        )
         if key != "task_id":
-            assert "U+D83D" in refusal(helpers.load_pairs, path)
+            assert "U+D83D" in refusal(helpers.files.load_pairs, path)
 
 
 @pytest.mark.parametrize(("given_id", "read"), [(7, 7), ("7", "7"), (7.0, 7), ("問1", "問1"), (-1, -1)])
 def test_task_ids_that_are_taken(tmp_path, given_id, read):
-    (task,) = helpers.read_tasks(write(tmp_path, "a.jsonl", lines([{"task_id": given_id, "input": "x"}])))
+    (task,) = helpers.files.load_tasks(write(tmp_path, "a.jsonl", lines([{"task_id": given_id, "input": "x"}])))
     assert (task["task_id"], type(task["task_id"])) == (read, type(read))
     assert task == {"task_id": read, "input": "x"}
 
@@ -414,12 +416,16 @@ def test_task_ids_that_are_taken(tmp_path, given_id, read):
 @pytest.mark.parametrize("given_id", [None, [1], {"a": 1}, True, 1.5, float("nan")])
 def test_task_ids_that_are_refused(tmp_path, given_id):
     path = write(tmp_path, "a.jsonl", json.dumps({"task_id": given_id, "input": "x"}).encode())
-    assert refusal(helpers.read_tasks, path).startswith(f"{path}, line 1: task_id is ")
+    assert refusal(helpers.files.load_tasks, path).startswith(f"{path}, line 1: task_id is ")
 
 
 def test_task_ids_of_a_table_are_numbers_again(tmp_path):
     path = write(tmp_path, "a.csv", table([{"task_id": n, "input": "x", "output": f"0{n}"} for n in range(3)]))
-    assert [(task["task_id"], task["output"]) for task in helpers.read_tasks(path)] == [(0, "00"), (1, "01"), (2, "02")]
+    assert [(task["task_id"], task["output"]) for task in helpers.files.load_tasks(path)] == [
+        (0, "00"),
+        (1, "01"),
+        (2, "02"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -434,14 +440,14 @@ def test_task_ids_of_a_table_are_numbers_again(tmp_path):
     ],
 )
 def test_references_are_texts_numbers_or_a_list_of_them(tmp_path, output, references):
-    (task,) = helpers.read_tasks(write(tmp_path, "a.jsonl", lines([{"input": "x", "output": output}])))
+    (task,) = helpers.files.load_tasks(write(tmp_path, "a.jsonl", lines([{"input": "x", "output": output}])))
     assert helpers.references_of(task) == references
 
 
 @pytest.mark.parametrize("output", [{"a": 1}, [None], [["a"]], True])
 def test_references_that_are_refused(tmp_path, output):
     path = write(tmp_path, "a.jsonl", lines([{"input": "x", "output": output}]))
-    assert "line 1: the reference answer is " in refusal(helpers.read_tasks, path)
+    assert "line 1: the reference answer is " in refusal(helpers.files.load_tasks, path)
 
 
 def test_of_several_references_the_best_counts_for_each_measure():
@@ -480,17 +486,17 @@ DEEP = json.loads("[" * 100 + "1" + "]" * 100)
     ],
 )
 def test_every_value_is_written_as_valid_json_in_utf8(tmp_path, value, written):
-    helpers.write_jsonl(tmp_path / "a.jsonl", [{"日本": value}])
+    helpers.files.write_jsonl(tmp_path / "a.jsonl", [{"日本": value}])
     text = (tmp_path / "a.jsonl").read_bytes().decode("utf-8")
     assert text.startswith('{"日本": ') and text.count("\n") == 1
-    (row,) = helpers.load_rows(tmp_path / "a.jsonl")
+    (row,) = helpers.files.load_rows(tmp_path / "a.jsonl")
     assert row["日本"] == written and type(row["日本"]) is type(written)
     assert json.loads(text, parse_constant=pytest.fail) == row
 
 
 def test_a_line_nested_too_deeply_is_named(tmp_path):
     too_deep = write(tmp_path, "a.jsonl", b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}")
-    assert "line 1: nested too deeply" in refusal(helpers.load_rows, too_deep)
+    assert "line 1: nested too deeply" in refusal(helpers.files.load_rows, too_deep)
 
 
 def test_parquet_values_survive_the_filter(tmp_path):
@@ -503,10 +509,10 @@ def test_parquet_values_survive_the_filter(tmp_path):
         "conversations": [turns(QUESTIONS[0]), None],
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    rows = helpers.load_rows(tmp_path / "a.parquet")
+    rows = helpers.files.load_rows(tmp_path / "a.parquet")
     kept, dropped, report = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
-    helpers.save_filtered(tmp_path, kept, dropped, report)
-    (row,), (record,) = (helpers.load_rows(tmp_path / f"{name}_magpie.jsonl") for name in ("filtered", "dropped"))
+    helpers.files.save_filtered(tmp_path, kept, dropped, report)
+    (row,), (record,) = (helpers.files.load_rows(tmp_path / f"{name}_magpie.jsonl") for name in ("filtered", "dropped"))
     values = {"n": 2**60 + 1, "x": 0.1, "b": "/wA=", "day": "2026-01-02", "d": "1.20"}
     assert {name: row[name] for name in values} == values and type(row["n"]) is int
     assert record["row"] == dict.fromkeys(columns)
@@ -539,16 +545,16 @@ def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
     """2,000 rows of every form and of none: each is kept or dropped, and the files are valid JSON in UTF-8."""
     switches = {field.name: reviewed for field in fields(helpers.FilterRules) if field.default is False}
     rules = helpers.FilterRules((("山", "丘"),), ("海",), rare_below=0, rare_after_below=2, **switches)
-    before = helpers.json_text(rows)
-    helpers.save_filtered(tmp_path, *helpers.filter_rows(rows, rules))
-    assert helpers.json_text(rows) == before
+    before = helpers.files.json_text(rows)
+    helpers.files.save_filtered(tmp_path, *helpers.filter_rows(rows, rules))
+    assert helpers.files.json_text(rows) == before
     counts = {}
     for name in ("filtered", "dropped"):
         written = (tmp_path / f"{name}_magpie.jsonl").read_bytes().decode("utf-8").split("\n")[:-1]
         counts[name] = [json.loads(line, parse_constant=pytest.fail) for line in written]
     assert len(counts["filtered"]) + len(counts["dropped"]) == len(rows)
     for record in counts["dropped"]:
-        assert record["row"] == json.loads(helpers.json_text(rows[record["number"] - 1]))
+        assert record["row"] == json.loads(helpers.files.json_text(rows[record["number"] - 1]))
     for row in counts["filtered"]:
         assert isinstance(row["conversations"], list) and row["instruction"] and row["response"]
 
@@ -564,7 +570,7 @@ def test_training_texts_beyond_the_window_are_listed_with_what_happens_to_them(l
     """One text fits, of one the answer is cut, and of one the question alone fills the window."""
     texts = [("山は？", "富士山"), ("山は？", ANSWER * 50), (QUESTIONS[0] * 50, "富士山")]
     pairs = [{"instruction": question, "response": answer} for question, answer in texts]
-    values = {"helpers": helpers, "pd": pd, "tokenizer": helpers.load_tokenizer(TINY), "max_seq_length": 256}
+    values = {"helpers": helpers, "pd": pd, "tokenizer": helpers.models.load_tokenizer(TINY), "max_seq_length": 256}
     values |= {"pairs": pairs, "filtered": pairs[:2], "qa": pairs[2:], "train_file": "a.jsonl", "qa_data": "b.jsonl"}
     left = run_cell("03_sft", "window", **run_cell("03_sft", "tokenize", **values, loss_on=loss_on))
     assert len(left["train_rows"]) == (2 if loss_on == "answer" else 3)
@@ -615,7 +621,7 @@ def report_line(kind, path, rows_in):
     """A line of the table: what was read, and what was said."""
     with redirect_stdout(io.StringIO()) as said:
         try:
-            read, message = len(helpers.load_pairs(path)), said.getvalue().removeprefix(f"{path}: ").strip()
+            read, message = len(helpers.files.load_pairs(path)), said.getvalue().removeprefix(f"{path}: ").strip()
         except RecipeError as error:
             read, message = "stops", str(error).replace(path, Path(path).name).partition("; known are")[0]
     return f"| {kind} | {rows_in} | {said and read} | {message.replace('|', chr(92) + '|')} |"

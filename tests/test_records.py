@@ -28,7 +28,7 @@ def product(tmp_path):
     (folder / "sub/tokens").write_bytes(b"tokens")
     (folder / "config.json").write_text("{}")
     (folder / "README.md").write_text("card")
-    helpers.write_record(folder, helpers.make_record("01_quantize", {"model": source()}, {"r": (1, 2)}, ["peft"]))
+    helpers.records.write(folder, helpers.records.make("01_quantize", {"model": source()}, {"r": (1, 2)}, ["peft"]))
     return folder
 
 
@@ -38,19 +38,19 @@ def test_a_record_holds_the_hash_of_every_file_but_the_card(product):
     assert (record["files"]["weights"], record["files"]["sub/tokens"]) == (WEIGHTS, TOKENS)
     assert record["settings"] == {"r": [1, 2]} and record["versions"]["peft"]
     (product / "README.md").write_text("another card")
-    assert helpers.check_files(product) == record
+    assert helpers.records.check(product) == record
 
 
 def test_the_record_of_a_file_lies_beside_it(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"weights")
-    assert helpers.check_files(rows) == {}
-    helpers.write_record(rows, helpers.make_record("02_filter_magpie", {}, {}, []))
+    assert helpers.records.check(rows) == {}
+    helpers.records.write(rows, helpers.records.make("02_filter_magpie", {}, {}, []))
     assert (tmp_path / "rows.jsonl.record.json").is_file()
-    assert helpers.check_files(rows)["files"] == {"rows.jsonl": WEIGHTS}
+    assert helpers.records.check(rows)["files"] == {"rows.jsonl": WEIGHTS}
     rows.write_bytes(b"weights and one row more")
     with pytest.raises(RecipeError, match=r"rows\.jsonl was changed after notebook 02_filter_magpie wrote it"):
-        helpers.data_source(str(rows))
+        helpers.records.data_source(str(rows))
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_the_record_of_a_file_lies_beside_it(tmp_path):
     ],
 )
 def test_a_product_that_is_not_what_was_written_is_refused(product, change, message):
-    helpers.model_source(str(product), finished=True)
+    helpers.records.model_source(str(product), finished=True)
     change(product)
     with pytest.raises(RecipeError, match=message) as error:
-        helpers.model_source(str(product), finished=True)
+        helpers.records.model_source(str(product), finished=True)
     assert str(product) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -78,83 +78,91 @@ def test_a_record_that_is_damaged_or_of_another_form_is_one_line(product, text):
     (product / "record.json").write_text(text, encoding="latin-1")
     for finished in (True, False):
         with pytest.raises(RecipeError, match=r"is unfinished, or .*record\.json cannot be read: run the notebook"):
-            helpers.check_files(product, finished)
-    helpers.check_free_folder(product, source("a/c"))
+            helpers.records.check(product, finished)
+    helpers.records.check_free_folder(product, source("a/c"))
 
 
 def test_a_record_in_which_a_key_of_an_input_is_missing_is_none(product):
     record = json.loads((product / "record.json").read_text())
     del record["inputs"]["model"]["sha256"]
     (product / "record.json").write_text(json.dumps(record))
-    assert helpers.read_record(product) == {}
+    assert helpers.records.read(product) == {}
 
 
 @pytest.mark.parametrize(
     "name", [".DS_Store", "sub/.DS_Store", "Thumbs.db", ".ipynb_checkpoints/config.json", ".gitattributes", "a.part"]
 )
 def test_what_systems_put_into_every_folder_is_no_part_of_it(product, name):
-    before = helpers.model_source(str(product), finished=True)
+    before = helpers.records.model_source(str(product), finished=True)
     (product / name).parent.mkdir(exist_ok=True)
     (product / name).write_text("x")
-    assert helpers.model_source(str(product), finished=True) == before
-    helpers.write_record(product, helpers.read_record(product))  # as after a kill while record.json.part was written
-    assert helpers.read_record(product)["files"].keys() == {"weights", "sub/tokens", "config.json"}
+    assert helpers.records.model_source(str(product), finished=True) == before
+    helpers.records.write(product, helpers.records.read(product))  # as after a kill while record.json.part was written
+    assert helpers.records.read(product)["files"].keys() == {"weights", "sub/tokens", "config.json"}
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").touch()
     for folder in ("/proc/1/x", tmp_path / "file", tmp_path / "file/x"):
         with pytest.raises(RecipeError, match=rf"^output_dir {folder} cannot be written") as error:
-            helpers.lock_folder(str(folder), "03_sft")
+            helpers.machine.lock_folder(str(folder), "03_sft")
         assert "\n" not in str(error.value)
 
 
 def test_a_model_is_its_contents_wherever_it_lies(product, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(product, moved)
-    here, there = helpers.model_source(str(product)), helpers.model_source(str(moved))
-    assert here["name"] != there["name"] and helpers.identity(here) == helpers.identity(there)
+    here, there = helpers.records.model_source(str(product)), helpers.records.model_source(str(moved))
+    assert here["name"] != there["name"] and helpers.records.identity(here) == helpers.records.identity(there)
     assert here["inputs"] == {"model": source()}
     shutil.rmtree(moved)
     shutil.copytree(product, moved, ignore=shutil.ignore_patterns("record.json"))  # a folder of the reader's own
-    assert helpers.identity(helpers.model_source(str(moved))) == helpers.identity(here)
+    assert helpers.records.identity(helpers.records.model_source(str(moved))) == helpers.records.identity(here)
     (moved / "weights").write_bytes(b"other weights")
-    assert helpers.identity(helpers.model_source(str(moved))) != helpers.identity(here)
+    assert helpers.records.identity(helpers.records.model_source(str(moved))) != helpers.records.identity(here)
 
 
 def test_records_differ_in_contents_and_settings_not_in_names():
-    old = helpers.make_record("03_sft", {"model": source("x", sha256="1"), "qa": source("hub/set", "c1")}, {"r": 8}, [])
-    same = helpers.make_record(
+    old = helpers.records.make(
+        "03_sft", {"model": source("x", sha256="1"), "qa": source("hub/set", "c1")}, {"r": 8}, []
+    )
+    same = helpers.records.make(
         "03_sft", {"model": source("y", sha256="1"), "qa": source("hub/set", "c1")}, {"r": 8}, []
     )
-    new = helpers.make_record("03_sft", {"model": source("x", sha256="2"), "qa": source("hub/set", "c2")}, {"a": 1}, [])
-    assert helpers.changed_parts(old, same) == []
-    assert helpers.changed_parts(old, new) == ["a", "model", "qa", "r"]
+    new = helpers.records.make(
+        "03_sft", {"model": source("x", sha256="2"), "qa": source("hub/set", "c2")}, {"a": 1}, []
+    )
+    assert helpers.records.changed_parts(old, same) == []
+    assert helpers.records.changed_parts(old, new) == ["a", "model", "qa", "r"]
 
 
 def test_a_folder_that_holds_another_base_is_refused(product, tmp_path):
-    helpers.check_free_folder(tmp_path / "new", source())
-    helpers.check_free_folder(product, source())
+    helpers.records.check_free_folder(tmp_path / "new", source())
+    helpers.records.check_free_folder(product, source())
     for other in (source("a/c"), source("a/b", "124")):
         with pytest.raises(RecipeError, match=r"already holds a/b \(local\), not a/"):
-            helpers.check_free_folder(product, other)
+            helpers.records.check_free_folder(product, other)
 
 
 def test_origins_are_what_others_published():
     quantized = source("outputs/q", sha256="1", model=source("google/gemma", "c"))
     filtered = source("outputs/f.jsonl", sha256="2", dataset=source("owner/set", "d", licence="cc-by-sa-4.0"))
-    inputs = {"model": quantized, "train_data": filtered, "qa_data": source("my.jsonl", licence=helpers.OWN_DATA)}
-    found = {role: published["name"] for role, published in helpers.origins(inputs).items()}
+    inputs = {
+        "model": quantized,
+        "train_data": filtered,
+        "qa_data": source("my.jsonl", licence=helpers.records.OWN_DATA),
+    }
+    found = {role: published["name"] for role, published in helpers.records.origins(inputs).items()}
     assert found == {"model": "google/gemma", "dataset": "owner/set", "qa_data": "my.jsonl"}
     with pytest.raises(RecipeError, match=r"^owner/set: the licence cc-by-sa-4\.0 is not"):
-        helpers.check_licences(inputs)
-    helpers.check_licences(inputs, "cc-by-sa-4.0")
+        helpers.records.check_licences(inputs)
+    helpers.records.check_licences(inputs, "cc-by-sa-4.0")
 
 
 HOLD = """
 import sys, time; sys.path.insert(0, sys.argv[1])
 import helpers
-helpers.lock_folder(sys.argv[2], "03_sft")
+helpers.machine.lock_folder(sys.argv[2], "03_sft")
 print("locked", flush=True); time.sleep(60)
 """
 
@@ -163,8 +171,8 @@ def test_a_second_run_in_the_same_folder_says_who_holds_it(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, ROOT, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "locked\n"
         with pytest.raises(RecipeError, match=rf"is in use: process {holder.pid} on .* since 20.* runs 03_sft; wait"):
-            helpers.lock_folder(tmp_path, "03_sft")
-        helpers.lock_folder(tmp_path, "02_filter_magpie")  # another notebook may run at the same time
+            helpers.machine.lock_folder(tmp_path, "03_sft")
+        helpers.machine.lock_folder(tmp_path, "02_filter_magpie")  # another notebook may run at the same time
         holder.kill()  # as by kill -9: the lock is free again
-    helpers.lock_folder(tmp_path, "03_sft")
-    helpers.lock_folder(tmp_path, "03_sft")  # the cell may run twice
+    helpers.machine.lock_folder(tmp_path, "03_sft")
+    helpers.machine.lock_folder(tmp_path, "03_sft")  # the cell may run twice

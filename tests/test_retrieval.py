@@ -9,13 +9,13 @@ from conftest import ROOT, run_cell
 
 import helpers
 
-QA = helpers.load_rows("data/sample/qa.jsonl")
+QA = helpers.files.load_rows("data/sample/qa.jsonl")
 DOCUMENTS = [row["input"] for row in QA]
 
 
 @pytest.fixture(scope="module")
 def retriever():
-    return helpers.load_retriever("data/tiny/colbert", DOCUMENTS)
+    return helpers.retrieval.load("data/tiny/colbert", DOCUMENTS)
 
 
 def maxsim(retriever, query, query_length):
@@ -35,7 +35,7 @@ def maxsim(retriever, query, query_length):
 
 @pytest.mark.parametrize("query", ["健康のために歩く習慣をつけるにはどうすればよいですか。", DOCUMENTS[3]])
 def test_scores_are_those_of_plain_maxsim(retriever, query):
-    found = helpers.search(retriever, query, k=len(QA), query_max_tokens=512)
+    found = helpers.retrieval.search(retriever, query, k=len(QA), query_max_tokens=512)
     length = retriever.model.inference_ckpt.query_tokenizer.query_maxlen
     expected = maxsim(retriever, query, length)
     torch.testing.assert_close(
@@ -51,7 +51,7 @@ def test_scores_are_those_of_plain_maxsim(retriever, query):
 )
 def test_the_largest_similarity_of_each_token_sums_up_to_the_score(retriever, query):
     """The cell of notebook 04 that computes the picture: with each of the three best examples as the only one."""
-    for result in helpers.search(retriever, query, k=3, query_max_tokens=512):
+    for result in helpers.retrieval.search(retriever, query, k=3, query_max_tokens=512):
         values = {"task_rows": [{"input": query}], "qa": [QA[result["index"]]], "k": 0, "query_max_tokens": 512}
         cell = run_cell("04_rag_inference", "retrieve", helpers=helpers, retriever="data/tiny/colbert", **values)
         tokens, document_tokens, cosines = cell["task_tokens"], cell["example_tokens"], cell["cosines"]
@@ -67,7 +67,7 @@ def test_the_largest_similarity_of_each_token_sums_up_to_the_score(retriever, qu
 def test_32_tokens_give_ragatouilles_own_scores(retriever):
     query = "来月、家族四人で京都へ二泊三日の旅行に行きます。" * 4
     own = retriever.search_encoded_docs(query=query, k=5)
-    ours = helpers.search(retriever, query, k=5, query_max_tokens=32)
+    ours = helpers.retrieval.search(retriever, query, k=5, query_max_tokens=32)
     assert [(result["result_index"], result["score"]) for result in own] == [
         (result["index"], result["score"]) for result in ours
     ]
@@ -79,22 +79,22 @@ def test_decisive_words_at_the_end_of_a_long_query_count(retriever):
     greeting = "はじめまして。私は東京に住んでいる会社員です。"
     greeting += "毎日忙しく過ごしていますが、ふと気になったことがあるので、一つ質問させてください。"
     query = greeting + DOCUMENTS[wanted]
-    assert helpers.search(retriever, query, k=1, query_max_tokens=512)[0]["index"] == wanted
-    assert helpers.search(retriever, query, k=1, query_max_tokens=32)[0]["index"] != wanted
+    assert helpers.retrieval.search(retriever, query, k=1, query_max_tokens=512)[0]["index"] == wanted
+    assert helpers.retrieval.search(retriever, query, k=1, query_max_tokens=32)[0]["index"] != wanted
 
 
 def test_a_question_finds_itself_first(retriever):
     for index, document in enumerate(DOCUMENTS):
-        assert helpers.search(retriever, document, k=1, query_max_tokens=512)[0]["index"] == index
+        assert helpers.retrieval.search(retriever, document, k=1, query_max_tokens=512)[0]["index"] == index
 
 
 def test_k_larger_than_the_number_of_documents(retriever):
-    assert len(helpers.search(retriever, "質問", k=1000, query_max_tokens=512)) == len(DOCUMENTS)
+    assert len(helpers.retrieval.search(retriever, "質問", k=1000, query_max_tokens=512)) == len(DOCUMENTS)
 
 
 def test_equal_scores_keep_the_order_of_the_documents():
-    retriever = helpers.load_retriever("data/tiny/colbert", [DOCUMENTS[i] for i in (7, 11, 7, 7)])
-    found = helpers.search(retriever, DOCUMENTS[7], k=3, query_max_tokens=512)
+    retriever = helpers.retrieval.load("data/tiny/colbert", [DOCUMENTS[i] for i in (7, 11, 7, 7)])
+    found = helpers.retrieval.search(retriever, DOCUMENTS[7], k=3, query_max_tokens=512)
     assert [result["index"] for result in found] == [0, 2, 3]
 
 
@@ -105,5 +105,7 @@ def test_a_checkpoint_that_names_its_base_model(retriever, tmp_path):
     metadata = json.loads((copy / "artifact.metadata").read_text(encoding="utf-8"))
     metadata["model_name"] = str(ROOT / "data/tiny/colbert")
     (copy / "artifact.metadata").write_text(json.dumps(metadata), encoding="utf-8")
-    named = helpers.load_retriever(str(copy), DOCUMENTS)
-    assert helpers.search(named, DOCUMENTS[3], 3, 512) == helpers.search(retriever, DOCUMENTS[3], 3, 512)
+    named = helpers.retrieval.load(str(copy), DOCUMENTS)
+    assert helpers.retrieval.search(named, DOCUMENTS[3], 3, 512) == helpers.retrieval.search(
+        retriever, DOCUMENTS[3], 3, 512
+    )

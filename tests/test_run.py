@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers import OWN_FOLDERS
+from engine import machine
 
 NAMES = ["01_quantize", "02_filter_magpie", "03_sft", "04_rag_inference"]
 SMOKE = "output_dir: outputs/a\n03_sft:\n  r: 8\n"
@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "notebooks").mkdir()
     for name in NAMES:
         write_notebook(folder, name)
-    for file in ("run.py", "run_file.py", "compare.py", "helpers.py"):
+    for file in ("run.py", "run_file.py", "compare.py", "helpers.py", "engine"):
         shutil.copy(ROOT / file, folder)
     (folder / "rules.json").write_text("{}")
     (folder / "smoke.yaml").write_text(SMOKE)
@@ -152,7 +152,7 @@ product.mkdir(exist_ok=True)
 (product / "weights").write_text("made by " + NAME)
 (product / "config").write_text("{}")
 Path(output_dir, "report.json").write_text("1")
-helpers.write_record(product, helpers.make_record(NAME, {}, {}, []))
+helpers.records.write(product, helpers.records.make(NAME, {}, {}, []))
 """
 )
 
@@ -272,7 +272,7 @@ def test_braces_in_output_dir_are_no_parameters(folder: Path) -> None:
 def test_the_repositorys_own_folders_are_known() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     folders = {line.split("/")[0].lower() for line in listed.splitlines() if "/" in line}
-    assert {folder for folder in folders if not folder.startswith(".")} <= set(OWN_FOLDERS)
+    assert {folder for folder in folders if not folder.startswith(".")} <= set(machine.OWN_FOLDERS)
 
 
 @pytest.mark.parametrize(

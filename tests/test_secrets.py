@@ -22,7 +22,7 @@ KEYS = {
 def test_no_secret_in_anything_that_is_written(smoke, tmp_path, monkeypatch):
     for name, key in KEYS.items():
         monkeypatch.setenv(name, key)
-        assert helpers.get_secret(name) == key
+        assert helpers.machine.secret(name) == key
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("quantized", "filtered_magpie.jsonl", "filtered_magpie.jsonl.record.json"):
         copy = shutil.copytree if (smoke / name).is_dir() else shutil.copy
@@ -40,7 +40,7 @@ def test_no_secret_in_anything_that_is_written(smoke, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", KEYS)
 def test_without_colab_a_missing_secret_is_empty(monkeypatch, name):
     monkeypatch.delenv(name, raising=False)
-    assert helpers.get_secret(name) == ""
+    assert helpers.machine.secret(name) == ""
 
 
 class Wandb(BaseHTTPRequestHandler):
@@ -74,13 +74,13 @@ def wandb(monkeypatch):
     ("key", "mode"), [("good", "online"), ("", "offline"), ("ill", "offline"), ("list", "offline")]
 )
 def test_wandb_is_online_with_a_key_and_offline_without(wandb, key, mode):
-    assert helpers.wandb_mode(key) == mode
+    assert helpers.machine.wandb_mode(key) == mode
 
 
 @pytest.mark.parametrize("key", ["bad", "old"])
 def test_a_key_that_wandb_refuses_is_named(wandb, key):
     with pytest.raises(helpers.RecipeError, match=r"refuses the key WANDB_API_KEY") as raised:
-        helpers.wandb_mode(key)
+        helpers.machine.wandb_mode(key)
     assert "\n" not in str(raised.value)
 
 
@@ -89,7 +89,7 @@ def test_without_network_wandb_is_offline_at_once(monkeypatch, capsys):
         port = closed.getsockname()[1]
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert helpers.wandb_mode("good") == "offline"
+    assert helpers.machine.wandb_mode("good") == "offline"
     assert "wandb cannot be reached (ConnectionError)" in capsys.readouterr().out
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert helpers.wandb_mode("good") == "disabled"
+    assert helpers.machine.wandb_mode("good") == "disabled"

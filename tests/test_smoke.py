@@ -13,7 +13,7 @@ import helpers
 
 @pytest.fixture(scope="module")
 def quantized(smoke):
-    model, tokenizer = helpers.load_model("outputs/smoke/quantized", "transformers", max_seq_length=512)
+    model, tokenizer = helpers.models.load("outputs/smoke/quantized", "transformers", max_seq_length=512)
     return model, tokenizer
 
 
@@ -32,8 +32,8 @@ def test_quantized_model_is_nf4_with_double_quantization(quantized):
 
 def test_records_lead_back_to_base_and_data_and_name_every_file(smoke):
     for name in ("quantized", "filtered_magpie.jsonl", "adapter", "output.jsonl"):
-        assert helpers.check_files(smoke / name, finished=True)["files"], name
-    found = helpers.origins(helpers.read_record(smoke / "output.jsonl")["inputs"])
+        assert helpers.records.check(smoke / name, finished=True)["files"], name
+    found = helpers.records.origins(helpers.records.read(smoke / "output.jsonl")["inputs"])
     assert found["model"]["name"] == "data/tiny/gemma2"
     assert found["dataset"]["name"] == "data/sample/magpie.jsonl"
     assert found["qa_data"]["name"] == "data/sample/qa.jsonl"
@@ -41,7 +41,7 @@ def test_records_lead_back_to_base_and_data_and_name_every_file(smoke):
 
 @torch.no_grad()
 def test_reload_gives_equal_logits(quantized, inputs):
-    again, _ = helpers.load_model("outputs/smoke/quantized", "transformers", max_seq_length=512)
+    again, _ = helpers.models.load("outputs/smoke/quantized", "transformers", max_seq_length=512)
     assert torch.equal(again(**inputs).logits, quantized[0](**inputs).logits)
 
 
@@ -49,9 +49,9 @@ def test_reload_gives_equal_logits(quantized, inputs):
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 def test_attention_applies_softcapping(smoke, quantized, inputs, engine):
     """The loaded model must agree with eager attention; sdpa, transformers' default, leaves the softcap out."""
-    model, _ = helpers.load_model("outputs/smoke/quantized", engine, max_seq_length=512)
+    model, _ = helpers.models.load("outputs/smoke/quantized", engine, max_seq_length=512)
     sdpa = AutoModelForCausalLM.from_pretrained("outputs/smoke/quantized", attn_implementation="sdpa")
-    helpers.keep_weights_unpacked(sdpa)
+    helpers.models.keep_weights_unpacked(sdpa)
     assert model.config._attn_implementation != "sdpa"
     expected = quantized[0](**inputs).logits
     assert (model(**inputs).logits - expected).abs().max() < 1e-3
@@ -66,7 +66,7 @@ def test_training_lowered_the_loss(smoke):
 
 @torch.no_grad()
 def test_adapter_changes_the_output(smoke, inputs):
-    model, _ = helpers.load_model("outputs/smoke/quantized", "transformers", max_seq_length=512)
+    model, _ = helpers.models.load("outputs/smoke/quantized", "transformers", max_seq_length=512)
     before = model(**inputs).logits
     adapted = PeftModel.from_pretrained(model, smoke / "adapter")
     assert (adapted(**inputs).logits - before).abs().max() > 0.1
@@ -81,12 +81,12 @@ def test_saved_tokenizer_adds_exactly_one_bos(smoke):
         ids = tokenizer(helpers.build_prompt("課題", []))["input_ids"]
         assert ids.count(tokenizer.bos_token_id) == 1
         assert ids[0] == tokenizer.bos_token_id
-        assert tokenizer.chat_template == helpers.GEMMA_CHAT_TEMPLATE
+        assert tokenizer.chat_template == helpers.models.GEMMA_CHAT_TEMPLATE
 
 
 def test_output_has_one_valid_line_a_task_in_order(smoke):
-    tasks = helpers.read_tasks("data/sample/tasks.jsonl")
-    rows = helpers.load_rows(smoke / "output.jsonl")
+    tasks = helpers.files.load_tasks("data/sample/tasks.jsonl")
+    rows = helpers.files.load_rows(smoke / "output.jsonl")
     assert [row["task_id"] for row in rows] == [task["task_id"] for task in tasks]
     assert [row["input"] for row in rows] == [task["input"] for task in tasks]
     assert all(row["output"].strip() and "### 質問" not in row["output"] for row in rows)

@@ -94,8 +94,8 @@ def test_the_retriever_counts_shared_words(tmp_path):
         for name in ["京都", "大阪", "奈良", "福岡", "仙台", "広島", "岡山", "金沢", "札幌", "那覇", "長崎", "熊本"]
     ]
     study.shared_words_retriever(tmp_path, documents)
-    retriever = helpers.load_retriever(str(tmp_path), documents)
-    found = helpers.search(retriever, "東京の猫と札幌の犬の違い", len(documents), 64)
+    retriever = helpers.retrieval.load(str(tmp_path), documents)
+    found = helpers.retrieval.search(retriever, "東京の猫と札幌の犬の違い", len(documents), 64)
     score = {documents[hit["index"]]: hit["score"] for hit in found}
     nothing = score["大阪について"]  # what the control tokens give every document
     # と is a word of one document alone, の one of four, which is more than a tenth

@@ -1,0 +1,62 @@
+"""What each parameter of the notebooks may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from helpers import ANY_TEXT, MANY, SWITCH, RecipeError, Text, wrong_values
+
+NAME = Text(r"(?![~\s]).*\S", "the name of a file, a folder or a hub repository, without ~ and spaces at its ends")
+NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
+
+
+# What each parameter may be: text, a whole number of a range, a real number from a smallest to a largest value, or a
+# choice from a list. The upper limits catch slips of the hand.
+ALLOWED: dict[str, list | range | tuple[float, float] | Text] = {
+    **dict.fromkeys(("output_dir", "base_model", "dataset", "rules", "qa_data", "tasks", "retriever"), NAME),
+    **dict.fromkeys(("drive_dir", "model", "train_data", "adapter"), NAME_OR_EMPTY),
+    **dict.fromkeys(("base_revision", "dataset_revision"), NAME_OR_EMPTY),
+    **dict.fromkeys(("allow_licences", "judge_model"), ANY_TEXT),
+    "hub_repo": Text(r"([\w.-]+/[\w.-]+)?", "empty or a hub repository, owner/name"),
+    "judge_base_url": Text(r"(https?://[^\s/]\S*)?", "empty or an address that begins with https:// or http://"),
+    "wandb_project": Text(r"[^/\\#?%:\n]{0,128}", "empty or a name of at most 128 characters without / \\ # ? % :"),
+    **dict.fromkeys(("max_rows", "max_steps", "warmup_steps"), range(MANY)),
+    **dict.fromkeys(("save_steps", "logging_steps"), range(1, MANY)),
+    **dict.fromkeys(("r", "per_device_train_batch_size"), range(1, 4097)),
+    "gradient_accumulation_steps": range(1, 65_537),
+    "batch_size": range(4097),
+    "max_seq_length": range(16, 2**20),
+    "max_new_tokens": range(1, 2**20),
+    "query_max_tokens": range(8, 8193),
+    "k": range(10_001),
+    "seed": range(2**32),
+    "lora_alpha": (1e-3, 65_536),
+    "learning_rate": (1e-9, 0.1),
+    "num_train_epochs": (1e-3, 1_000),
+    "eval_share": (0, 0.5),
+    "neftune_noise_alpha": (0, 1_000),
+    "repetition_penalty": (1, 10),
+    "time_budget_minutes": (0, 100_000),
+    "engine": ["transformers", "unsloth"],
+    "quant_type": ["nf4", "fp4"],
+    "loss_on": ["text", "answer"],
+    "prompt_style": ["2024", "training"],
+    **dict.fromkeys(("double_quant", "penalize_prompt", "ban_words"), SWITCH),
+}
+
+
+def check(values: Mapping[str, Any], section: str = "") -> None:
+    """RecipeError that names all parameters among `values` (a notebook passes its globals()) that are wrong.
+
+    `section` (of a run file) goes before the names.
+    """
+    problems = []
+    for name, words in wrong_values(values, ALLOWED).items():
+        value, allowed, quoted = values[name], ALLOWED[name], ""
+        if not isinstance(value, str) and (isinstance(allowed, Text) or isinstance(allowed[0], str)):
+            text = "" if value is None else value
+            quoted = f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
+        problems.append(f"{section}{name} must be {words}{quoted}; it is {value!r}")
+    if problems:
+        raise RecipeError("; ".join(problems))

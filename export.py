@@ -1,0 +1,106 @@
+"""Write the trained model of a run as one plain model: `python export.py outputs/a100` makes outputs/a100/merged.
+
+The base is dequantized and each pair of thin matrices is added to its weight, all in bf16: 54 GB for 27B, which vLLM
+and llama.cpp can read. The sums are made in the host's memory, which has to hold that model. The result is compared
+with base and adapter, and gets a card and a record, as every product of the notebooks.
+"""
+
+import argparse
+import gc
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine import attention, machine, models, records
+from helpers import RecipeError, encode, sft_text
+
+PACKAGES = ["torch", "transformers", "peft"]
+QUESTION, ANSWER = "日本で一番高い山はどこですか。", "日本で一番高い山は富士山です。標高は3,776メートルです。"
+
+
+def merge(base: str, adapter: str | Path, target: str | Path, revision: str = "") -> None:
+    """Write the model `base` with an adapter added to its weights, all in bf16, into the folder `target`.
+
+    The model is dequantized and merged in the host's memory, 2 bytes per weight. What `target` held is deleted, and it
+    counts as unfinished until its record is written. RecipeError for too little memory or disk.
+    """
+    config, target = models.text_config(base, revision), Path(target)
+    held = sum(path.stat().st_size for path in target.glob("*"))
+    free = {"memory": psutil.virtual_memory().available, "disk": held + shutil.disk_usage(target.parent).free}
+    need = 2 * models.empty(config).num_parameters()
+    for name, size in free.items():
+        if size < 1.1 * need:
+            raise RecipeError(f"{target} takes {need / 1e9:.1f} GB, and the {name} has {size / 1e9:.1f} GB: make room")
+    shutil.rmtree(target, ignore_errors=True)
+    records.begin(target)
+    model = models.load_weights(base, config, device_map="cpu", dtype=torch.bfloat16, revision=revision or None)
+    if hasattr(config, "quantization_config"):
+        model = model.dequantize(torch.bfloat16)
+    model = PeftModel.from_pretrained(model, adapter, torch_device="cpu").merge_and_unload()  # sums in float32
+    model.save_pretrained(target, max_shard_size="5GB", save_original_format=False)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+
+
+def score(model: Any, ids: list[int]) -> torch.Tensor:
+    """The logits of one text (1, tokens, vocabulary), on the CPU."""
+    with torch.no_grad():
+        return model(torch.tensor([ids], device=model.device), use_cache=False).logits.cpu()
+
+
+def distances(base: str, adapter: str, merged: Path, revision: str = "") -> dict[str, float]:
+    """How far the logits of the merged model and of the base alone are from those of base + adapter on one text: mean
+    differences, in standard deviations. RecipeError if the merged model differs by more than rounding.
+    """
+    dtype = machine.compute_dtype()
+    model, tokenizer = models.load(base, "transformers", max_seq_length=512, dtype=dtype, revision=revision)
+    ids = encode(tokenizer, sft_text(QUESTION, ANSWER, "")).ids
+    scores = {"base alone": score(model, ids)}
+    expected = score(models.load_adapter(model, adapter).eval(), ids)
+    model = None  # makes room for the merged one
+    gc.collect()
+    torch.cuda.empty_cache()
+    options = {"attn_implementation": "eager", "device_map": "auto" if torch.cuda.is_available() else "cpu"}
+    scores["merged"] = score(AutoModelForCausalLM.from_pretrained(merged, dtype=getattr(torch, dtype), **options), ids)
+    if not attention.scores_agree(scores["merged"], expected):
+        raise RecipeError(f"{merged} gives other logits than base + adapter: use the adapter instead")
+    gaps = {name: (found.float() - expected.float()).abs().mean() for name, found in scores.items()}
+    return {name: (gap / expected.float().std()).item() for name, gap in gaps.items()}
+
+
+def export(run_dir: str | Path, base_name: str = "") -> None:
+    """Merge the adapter of a run with its base, which may have moved to `base_name`, into the run's folder merged/."""
+    adapter_dir, merged_dir = f"{run_dir}/adapter", Path(run_dir, "merged")
+    adapter = records.model_source(adapter_dir, finished=True)
+    trained_on = adapter["inputs"]["model"]
+    base = records.model_source(base_name or trained_on["name"], "" if base_name else trained_on["commit"])
+    records.check_adapter(adapter, base)
+    merge(base["name"], adapter_dir, merged_dir, base["commit"])
+    found = distances(base["name"], adapter_dir, merged_dir, base["commit"])
+    for name, gap in found.items():
+        print(f"{name}: {gap:.3f} standard deviations from base + adapter")
+    record = records.make("export", {"model": base, "adapter": adapter}, {"dtype": "bfloat16"}, PACKAGES)
+    facts = {"logits": f"differ from base + adapter by {found['merged']:.3f} standard deviations (mean)"}
+    published = records.origins(record["inputs"])["model"]["name"]
+    card = records.model_card(f"{published}, fine-tuned", record, ["merged"], facts)
+    Path(merged_dir, "README.md").write_text(card, encoding="utf-8")
+    records.write(merged_dir, record)
+    print(f"{merged_dir}: {', '.join(sorted(path.name for path in merged_dir.iterdir()))}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a finished training")
+    parser.add_argument("--base", default="", help="where the base model lies now, if it has moved")
+    args = parser.parse_args()
+    os.chdir(Path(__file__).resolve().parent)
+    try:
+        export(args.run_dir, args.base)
+    except (RecipeError, OSError) as problem:
+        sys.exit(f"export.py: {problem}")
