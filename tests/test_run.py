@@ -53,8 +53,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "notebooks").mkdir()
     for name in NAMES:
         write_notebook(folder, name)
-    for file in ("run.py", "run_file.py", "compare.py", "helpers.py", "engine"):
+    for file in ("run.py", "run_file.py", "helpers.py"):
         shutil.copy(ROOT / file, folder)
+    shutil.copytree(ROOT / "engine", folder / "engine")
     (folder / "rules.json").write_text("{}")
     (folder / "smoke.yaml").write_text(SMOKE)
     reports = folder / "outputs/a"
