@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import attention, machine, models, records
+from engine import attention, hub, machine, models, records
 from helpers import RecipeError, encode, sft_text
 
 PACKAGES = ["torch", "transformers", "peft"]
@@ -43,9 +43,10 @@ def merge(base: str, adapter: str | Path, target: str | Path, revision: str = ""
     model = models.load_weights(base, config, device_map="cpu", dtype=torch.bfloat16, revision=revision or None)
     if hasattr(config, "quantization_config"):
         model = model.dequantize(torch.bfloat16)
+    hub.find_model(str(adapter))
     model = PeftModel.from_pretrained(model, adapter, torch_device="cpu").merge_and_unload()  # sums in float32
     model.save_pretrained(target, max_shard_size="5GB", save_original_format=False)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(target)
 
 
 def score(model: Any, ids: list[int]) -> torch.Tensor:
@@ -67,6 +68,7 @@ def distances(base: str, adapter: str, merged: Path, revision: str = "") -> dict
     gc.collect()
     torch.cuda.empty_cache()
     options = {"attn_implementation": "eager", "device_map": "auto" if torch.cuda.is_available() else "cpu"}
+    options |= {"trust_remote_code": False, "use_safetensors": True}
     scores["merged"] = score(AutoModelForCausalLM.from_pretrained(merged, dtype=getattr(torch, dtype), **options), ids)
     if not attention.scores_agree(scores["merged"], expected):
         raise RecipeError(f"{merged} gives other logits than base + adapter: use the adapter instead")

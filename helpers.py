@@ -33,13 +33,46 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 
+def shown(text: str) -> str:
+    """Text from elsewhere on one line: control and invisible characters, such as terminal escapes, as \\x1b and so on."""
+    hidden = ("C", "Zl", "Zp")  # categories of Unicode
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c).startswith(hidden) else c for c in text
+    )
+
+
 class RecipeError(ValueError):
     """An error that the user can fix: one line that says what is wrong, where, and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(shown(str(message)))
+
+
+NETWORK = ("httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3", "aiohttp", "openai")
+
+
+def find_cause(error: BaseException) -> tuple[BaseException | None, int | None]:
+    """The error of a network library behind a library's error, and the HTTP status of a server's answer, or None."""
+    behind: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and len(behind) < 20:
+        behind.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in behind:
+        if isinstance(status := getattr(getattr(cause, "response", None), "status_code", None), int):
+            return cause, status
+    return next((cause for cause in behind if type(cause).__module__.partition(".")[0] in NETWORK), None), None
+
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of a library's error, at most 120 characters: what fits into a RecipeError."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    """Kind and first line of a library's error, at most 120 characters: what fits into a RecipeError.
+
+    Of an error of the network it is kind and status alone: a server may repeat what it was sent, a token included.
+    """
+    cause, status = find_cause(error)
+    if cause is not None:
+        return type(cause).__name__ + (f", HTTP {status}" if status else "")
+    return shown(f"{type(error).__name__}: {error}".splitlines()[0][:120])
 
 
 def digest(value: Any) -> str:
@@ -894,11 +927,11 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "checkpoints", "decoding", "files", "hub", "judge", "kept_layers", "lora", "machine")
-ROOMS += ("models", "parameters", "records", "reports", "retrieval", "slots", "training")
+ROOMS = ("answers", "attention", "checkpoints", "decoding", "files", "forms", "hub", "judge", "kept_layers", "lora")
+ROOMS += ("machine", "models", "parameters", "records", "reports", "retrieval", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
-    from engine import answers, attention, checkpoints, decoding, files, hub, judge, kept_layers, lora  # noqa: F401
+    from engine import answers, attention, checkpoints, decoding, files, forms, hub, judge, kept_layers, lora  # noqa: F401
 
     # isort: split
     from engine import machine, models, parameters, records, reports, retrieval, slots, training  # noqa: F401

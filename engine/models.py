@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from jinja2.exceptions import SecurityError
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -129,7 +132,7 @@ def text_config(name: str, revision: str = "", max_seq_length: int = 0) -> PreTr
     """
     hub.find_model(name, revision)
     try:
-        whole = AutoConfig.from_pretrained(name, revision=revision or None)
+        whole = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)
     except Exception as error:
         raise RecipeError(f"{name}: its config.json cannot be used ({first_line(error)})") from None
     config = whole.get_text_config(decoder=True)
@@ -162,7 +165,10 @@ def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
     it has no chat template but Gemma's tokens for turns, Gemma's template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
+        hub.find_model(name, revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None, trust_remote_code=False)
+    except RecipeError:
+        raise
     except Exception as error:
         raise RecipeError(f"{name}: its tokenizer cannot be used ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
@@ -174,7 +180,18 @@ def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
         tokenizer.pad_token = next(filter(None, [*spare, tokenizer.unk_token, tokenizer.eos_token]))
     if not tokenizer.chat_template and {"<start_of_turn>", "<end_of_turn>"} <= tokenizer.get_vocab().keys():
         tokenizer.chat_template = GEMMA_CHAT_TEMPLATE
+    try_chat_template(name, tokenizer)
     return tokenizer
+
+
+def try_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """RecipeError if the chat template, which is code from elsewhere, reaches out of the sandbox that it runs in."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "こんにちは"}], tokenize=False)
+    except SecurityError:
+        raise RecipeError(f"{name}: its chat template reaches out of its sandbox; choose another model") from None
+    except Exception:  # a template for other turns, or none: it is used nowhere but where the model is shown
+        return
 
 
 def load_weights(name: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -184,7 +201,11 @@ def load_weights(name: str, config: PreTrainedConfig, **options: Any) -> PreTrai
     """
     if config.model_type == "gemma3_text":  # names in the weights of a multimodal Gemma 3
         options["key_mapping"] = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
-    model, info = AutoModelForCausalLM.from_pretrained(name, config=config, output_loading_info=True, **options)
+    options |= {"config": config, "output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (SafetensorError, HfHubHTTPError, OSError) as error:
+        raise RecipeError(f"{name}: its weights cannot be read ({first_line(error)}); fetch it again") from None
     if missing := sorted(info["missing_keys"]):
         raise RecipeError(f"{name}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
     try:
@@ -232,9 +253,8 @@ def load(
         if hub.read_config(name, revision)["model_type"] != config.model_type:
             raise RecipeError(f"{name} reads more than text: give unsloth the text part that notebook 1 saves")
         options["load_in_4bit"] = getattr(config, "quantization_config", None) is not None
-        model, _ = FastLanguageModel.from_pretrained(
-            name, max_seq_length=max_seq_length, use_exact_model_name=True, **options
-        )
+        options |= {"use_exact_model_name": True, "trust_remote_code": False}
+        model, _ = FastLanguageModel.from_pretrained(name, max_seq_length=max_seq_length, **options)
         keep_weights_unpacked(model)
     else:
         device = os.environ.get("LOCAL_RANK")  # set by `accelerate launch`: one process a GPU, the whole model on each
@@ -250,7 +270,8 @@ def load(
 
 
 def load_adapter(model: PreTrainedModel, name: str, revision: str = "") -> PeftModel:
-    """The model with the LoRA adapter of a folder or hub repository; RecipeError if some of its tensors are missing."""
+    """The model with the LoRA adapter of a folder or hub repository; RecipeError if it is none that fits the model."""
+    hub.find_model(name, revision)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:  # by default peft would turn the adapter into float32 and cast every input to it
@@ -258,6 +279,10 @@ def load_adapter(model: PreTrainedModel, name: str, revision: str = "") -> PeftM
         except UserWarning as error:
             missing = str(error).count("lora_")
             raise RecipeError(f"{name}: {missing} of its tensors are missing; train or fetch it again") from None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RecipeError(f"{name}: the adapter cannot be loaded ({first_line(error)})") from None
 
 
 def load_trained(sources: Mapping[str, Mapping[str, Any]], engine: str, max_seq_length: int, dtype: str) -> Model:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCardData, ModelCardData
 
-from engine import files, hub, machine
-from helpers import ROOMS, RecipeError, digest, first_line
+from engine import files, forms, hub, machine
+from helpers import ROOMS, RecipeError, digest, first_line, shown
 
 CODE = Path(__file__).resolve().parent.parent  # where helpers.py lies
 
@@ -65,37 +66,46 @@ def begin(folder: str | Path) -> None:
 
 
 def write(product: str | Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a finished folder or file, with the hash of every file."""
-    files.write_json(path_of(product), {**record, "files": files.hashes(product)})
+    """Write the record of a finished folder or file, with the hash of every file.
+
+    `versions` are those that made it: where the old record says that the same files were made from the same inputs with
+    the same settings, they were only kept, and so are its versions.
+    """
+    hashes, old = files.hashes(product), read(product)
+    if old.get("files") == hashes and not changed_parts(old, record):
+        record = {**record, "versions": old["versions"]}
+    files.write_json(path_of(product), {**record, "files": hashes})
 
 
 def read(product: str | Path) -> dict[str, Any]:
-    """The record of a local folder or file; {} if there is none, or it is damaged or has another form."""
-    return _read_file(path_of(product))
+    """The record of a local folder or file; {} if there is none, or it is damaged or has another form.
+
+    RecipeError if the file system does not say: what cannot be read is not what is not there.
+    """
+    return forms.read_record(path_of(product))
 
 
-def _read_file(path: Path | None) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        whole = {"stage", "inputs", "settings", "versions"} <= record.keys() and are_sources(record["inputs"])
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return {}
-    return record if whole else {}
+def read_hub(name: str, file: str, commit: str, kind: str = "model") -> dict[str, Any]:
+    """The record that a hub repository holds as `file`, {} without one.
 
-
-def are_sources(inputs: Mapping[str, Any]) -> bool:
-    """Whether every input of a record has the form of a source."""
-    keys = {"name", "commit", "sha256", "inputs"}
-    return all(keys <= source.keys() and are_sources(source["inputs"]) for source in inputs.values())
+    RecipeError if it cannot be fetched, or if another file there is not as it says: of a data set those that it names
+    are compared, of a model all.
+    """
+    record = forms.read_record(hub.fetch(name, file, commit, kind))
+    recorded = record.get("files", {})
+    if recorded and (
+        change := forms.compare(recorded, hub.hashes(name, commit, recorded if kind == "dataset" else None, kind))
+    ):
+        raise RecipeError(
+            f"{name}: {change} on the hub after notebook {record['stage']} wrote it: push it again, or delete {file} "
+            "there if what is there is meant"
+        )
+    return record
 
 
 def find_change(product: str | Path, record: Mapping[str, Any]) -> str:
     """The first file that is not as its record says, such as "weights was changed"; "" if all are."""
-    recorded, found = record["files"], files.hashes(product)
-    for name in sorted(recorded.keys() | found.keys()):
-        if recorded.get(name) != found.get(name):
-            return f"{name} {'is missing' if name not in found else 'was changed' if name in recorded else 'was added'}"
-    return ""
+    return forms.compare(record["files"], files.hashes(product))
 
 
 def check(product: str | Path, finished: bool = False) -> dict[str, Any]:
@@ -128,8 +138,10 @@ def data_source(name: str, revision: str = "", finished: bool = False) -> dict[s
     try:
         commit = hub.find_dataset(name, revision)
         card = {"licence": "unknown"} | hub.card_licence(name, commit, "dataset")
-        record = _read_file(hub.fetch(name, "filtered_magpie.jsonl.record.json", commit, "dataset"))
+        record = read_hub(name, "filtered_magpie.jsonl.record.json", commit, "dataset")
         return _source(name, commit, record, card)
+    except RecipeError:
+        raise
     except Exception as error:
         raise RecipeError(
             f"{name}: its licence cannot be read from the hub ({first_line(error)}); check the name, the network and, "
@@ -142,7 +154,7 @@ def model_source(name: str, revision: str = "", finished: bool = False) -> dict[
     `finished`), whose files `check` checks.
     """
     commit = "" if finished else hub.find_model(name, revision)
-    record = _read_file(hub.fetch(name, "record.json", commit)) if commit else check(name, finished)
+    record = read_hub(name, "record.json", commit) if commit else check(name, finished)
     return _source(name, commit, record, hub.card_licence(name, commit))
 
 
@@ -163,6 +175,8 @@ def find_models(model: str, adapter: str, output_dir: str) -> dict[str, dict[str
         found["adapter"] = model_source(adapter or f"{output_dir}/adapter", finished=not adapter)
     trained_on = found.get("adapter", {"inputs": {}})["inputs"].get("model", {})
     name = model or (trained_on["name"] if trained_on.get("commit") and not Path(own).exists() else own)
+    if name != shown(name):
+        raise RecipeError(f"the adapter {adapter} names a base model with control characters, {name}: name it in model")
     found = {"model": model_source(name, finished=name == own)} | found
     if "adapter" in found:
         check_adapter(found["adapter"], found["model"])
@@ -245,7 +259,8 @@ def _card(data: Any, title: str, record: Mapping[str, Any], facts: Mapping[str, 
     for part in ("settings", "versions"):
         values = {name: value for name, value in record[part].items() if value != "" and name not in ("texts", "lists")}
         rows[part] = ", ".join(f"{name} {value}" for name, value in values.items())
-    table = "".join(f"| {name} | {value} |\n" for name, value in (rows | dict(facts)).items())
+    cells = {name: shown(str(value)).replace("|", "\\|") for name, value in (rows | dict(facts)).items()}
+    table = "".join(f"| {name} | {value} |\n" for name, value in cells.items())
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}"
 
 
@@ -296,8 +311,8 @@ def check_adapter(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     if base := adapter["inputs"].get("model"):
         trained_on, same = base["name"], identity(base) == identity(model)
     else:
-        trained_on = hub.read_config(name, adapter["commit"], "adapter_config.json")["base_model_name_or_path"]
-        same = Path(trained_on).resolve() == Path(found).resolve()
+        trained_on = hub.read_config(name, adapter["commit"], "adapter_config.json").get("base_model_name_or_path")
+        same = os.path.realpath(str(trained_on).replace("\0", "")) == os.path.realpath(found)
     if not same:
         raise RecipeError(
             f"the adapter {name} was trained on {trained_on}, not on {found}: name the same model in both"

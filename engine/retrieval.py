@@ -8,15 +8,16 @@ import tempfile
 import types
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from langchain_core.documents import BaseDocumentCompressor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from engine import hub
-from helpers import RecipeError, max_sim
+from helpers import RecipeError, first_line, max_sim
 
 
 def embed_query(retriever: Any, query: str, query_max_tokens: int) -> tuple[list[str], torch.Tensor]:
@@ -69,8 +70,11 @@ def patch_ragatouille() -> None:
     from colbert.modeling.tokenization import doc_tokenization, query_tokenization
 
     modeling.ColBERT.loaded_extensions = True  # C++ that is compiled for an index on disk
-    # Without `trust_remote_code`: nothing here runs code from a hub.
-    hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=lambda name, **_: AutoConfig.from_pretrained(name))
+    # colbert-ai would run a repository's own code: `auto_map` of its config, whoever is asked, and of its tokenizer.
+    hf_colbert.AutoConfig = types.SimpleNamespace(from_pretrained=load_config)
+    hf_colbert.get_class_from_dynamic_module = refuse_class
+    safe = types.SimpleNamespace(from_pretrained=partial(AutoTokenizer.from_pretrained, trust_remote_code=False))
+    hf_colbert.AutoTokenizer = base_colbert.AutoTokenizer = safe
     original = hf_colbert.class_factory
 
     def class_factory(name_or_path: str) -> type:
@@ -85,15 +89,54 @@ def patch_ragatouille() -> None:
         module.class_factory = class_factory
 
 
+def load_config(name: str, **_: Any) -> PreTrainedConfig:
+    """The config of a model that transformers knows; RecipeError for one with code of its own."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    hub.refuse_auto_map(name, config.to_dict())
+    return config
+
+
+def refuse_class(reference: str, name: str, **_: Any) -> type:
+    """In the place of what fetches a class of a repository and runs it."""
+    raise RecipeError(f"{name}: it asks to run code of its own ({reference}), which is not done here")
+
+
+def check_base(name: str, commit: str) -> None:
+    """RecipeError if the model that a checkpoint names as its base (colbert-ai reads the kind there) has code of its own,
+    or cannot be read: then colbert-ai would take another one.
+    """
+    if not (Path(name, "artifact.metadata").is_file() or (commit and hub.fetch(name, "artifact.metadata", commit))):
+        return
+    metadata = hub.read_json(name, commit, "artifact.metadata")
+    named = metadata["config"] if isinstance(metadata.get("config"), dict) else metadata
+    base = named.get("model_name")
+    if base is None:
+        return
+    try:
+        load_config(base)
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{name}: its base model {base} cannot be read ({first_line(error)})") from None
+
+
 def load(name: str, documents: Sequence[str]) -> Any:
-    """Load a ColBERT checkpoint with RAGatouille and encode `documents` in memory; returns a RAGPretrainedModel."""
-    hub.find_model(name)
+    """Load a ColBERT checkpoint with RAGatouille and encode `documents` in memory; returns a RAGPretrainedModel.
+
+    RecipeError for one that cannot be read, or that asks for code of its own.
+    """
+    check_base(name, hub.find_model(name))
     # colbert-ai prints that it misses faiss, which only an index on disk needs.
     with redirect_stdout(io.StringIO()):
         patch_ragatouille()
         from ragatouille import RAGPretrainedModel
 
-    retriever = RAGPretrainedModel.from_pretrained(name, index_root=tempfile.gettempdir(), verbose=0)
+    try:
+        retriever = RAGPretrainedModel.from_pretrained(name, index_root=tempfile.gettempdir(), verbose=0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{name}: colbert-ai cannot load it ({first_line(error)})") from None
     # colbert-ai takes bert-base-uncased for a checkpoint whose kind it cannot read.
     checkpoint = retriever.model.inference_ckpt
     if checkpoint.name != (checkpoint.colbert_config.model_name or name):
