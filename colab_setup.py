@@ -68,6 +68,7 @@ def pip(*arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         words = re.sub(r"\s*\n\s*", " | ", done.stderr.strip()[-600:])
+        words = re.sub(r"//[^/\s]*@", "//", words)  # the name and password of a package index
         raise SystemExit(f"set-up: `pip {' '.join(arguments)}` failed: {words}")
 
 

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there with `python -I` or PYTHONSAFEPATH
+
 import psutil
 import torch
 from peft import PeftModel

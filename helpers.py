@@ -34,7 +34,7 @@ import numpy as np
 
 
 def shown(text: str) -> str:
-    """Text from elsewhere on one line: control and invisible characters, such as terminal escapes, as \\x1b and so on."""
+    """Text from elsewhere on one line: control and invisible characters, such as terminal escapes, become \\x1b etc."""
     hidden = ("C", "Zl", "Zp")  # categories of Unicode
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c).startswith(hidden) else c for c in text

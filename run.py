@@ -3,30 +3,36 @@
 A run file holds `output_dir` and the parameters that differ from a notebook's defaults; several run files are a sweep.
 A notebook is skipped while all it depends on has the same contents (code, helpers.py and the rooms that it reaches,
 parameters and the files they name, what earlier notebooks wrote) and what it wrote is unchanged; <output_dir>/run.json
-and notebooks/ hold the rest.
+and notebooks/ hold the rest. --force runs it again, but a training and answers that are there with the same record are
+kept, and so are the versions in that record: to make them anew, delete them or choose another output_dir.
 """
 
 import argparse
 import json
 import os
+import resource
 import sys
-import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there with `python -I` or PYTHONSAFEPATH
 
 import nbformat
 import papermill
 
-from engine import files, records, reports
-from helpers import RecipeError, digest
+from engine import files, forms, records, reports
+from helpers import RecipeError, digest, shown
 from run_file import read_notebook, read_run
+
+FEWEST_FILES = 128  # that a process may open; a kernel with torch needs about 60
 
 
 def execute(source: Path, executed: Path, parameters: dict) -> float:
     """Run one notebook (log level 50: no start messages), return its seconds; RecipeError names cell and error."""
-    executed.parent.mkdir(parents=True, exist_ok=True)
     target = str(executed).replace("{", "{{").replace("}", "}}")  # papermill fills in parameters
     try:
+        executed.parent.mkdir(parents=True, exist_ok=True)
         options = {"extra_arguments": ["--log-level=50"], "coalesce_streams": True}  # a progress bar stays one line
         options["start_timeout"] = 600  # seconds; a kernel starts slowly on a busy machine
         return papermill.execute_notebook(source, target, parameters, **options).metadata.papermill.duration
@@ -36,6 +42,11 @@ def execute(source: Path, executed: Path, parameters: dict) -> float:
         if "Kernel died" in text or kind in ("DeadKernelError", "CellExecutionError"):  # it could not even say why
             what = "the kernel died, probably out of memory"
         raise RecipeError(f"{source.stem}{failed_cell(source, executed)}: {what}; {executed} shows it") from None
+    except OSError as error:
+        problem = f"{executed} cannot be written ({error.strerror or error})"
+        raise RecipeError(
+            f"{source.stem}: {problem}; check that the disk has room and the folder can be written"
+        ) from None
 
 
 def failed_cell(source: Path, executed: Path) -> str:
@@ -58,15 +69,19 @@ def products(output_dir: Path) -> dict[str, dict]:
     return {name: record for name, record in made.items() if record.get("files")}
 
 
-def written_since(output_dir: Path, started: float) -> dict[str, dict]:
-    """The hash of every single file in `output_dir` that was written after `started`, by name, as in a record."""
-    paths = [path for path in output_dir.iterdir() if path.is_file() and path.stat().st_mtime >= started]
-    return {path.name: files.hashes(path) for path in paths if path.name != "run.json" and path.name[0] != "."}
+hashes = cache(files.hashes)  # forgotten after each notebook
+
+
+def states(output_dir: Path) -> dict[str, tuple]:
+    """What changes with every single file in `output_dir` that is written, by name; no two clocks are compared."""
+    paths = [path for path in output_dir.glob("[!.]*") if path.is_file() and path.name != "run.json"]
+    return {path.name: (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def contents(value: object) -> str:
-    """What a parameter names, if it is a file or folder: a hash that changes with it; else ""."""
-    return digest(files.hashes(str(value))) if os.path.exists(str(value)) else ""
+    """What a parameter names, if it is a file or folder, also beside the notebooks: a hash that changes with it."""
+    found = [path for path in (str(value), f"notebooks/{value}") if value and os.path.exists(path)]
+    return digest(hashes(found[0])) if found else ""
 
 
 def why_run(record: dict, parts: dict, executed: Path) -> str:
@@ -74,13 +89,13 @@ def why_run(record: dict, parts: dict, executed: Path) -> str:
     old = record.get("parts", {})
     if changed := [key for key in {**old, **parts} if key not in old or key not in parts or old[key] != parts[key]]:
         return f"changed: {', '.join(changed)}" if old else "not finished yet"
-    for name, hashes in record.get("products", {}).items():
+    for name, made in record.get("products", {}).items():
         product = executed.parent.parent / name
-        if change := records.find_change(product, {"files": hashes}):
+        if change := forms.compare(made, hashes(product)):
             return change if change.startswith(name) else f"{name}: {change}"
-        if product.is_dir() and records.read(product).get("files") != hashes:
+        if product.is_dir() and records.read(product).get("files") != made:
             return f"{name}: its record is missing or was changed"
-    with suppress(OSError, ValueError, LookupError, TypeError):
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         if not json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"]:
             return ""
     return f"{executed} is missing or holds an error"
@@ -95,25 +110,45 @@ def run_series(chosen: dict, notebooks: dict, args: argparse.Namespace) -> None:
             fingerprint = runs.get(name, {}).get("fingerprint", "")
             continue
         parameters, made = {key: chosen[f"{name}.{key}"] for key in defaults}, products(output_dir).items()
-        before = {f"{key} of {r['stage']}": digest(r["files"]) for key, r in made if r["stage"] < name}
+        before = {f"{key} of {r['stage']}": digest(hashes(output_dir / key)) for key, r in made if r["stage"] < name}
         parts = {"code": digest(code), **records.hash_code(records.rooms_in(code)), "notebook before": fingerprint}
         parts |= parameters | before
         parts |= {f"contents of {v}": c for k, v in parameters.items() if k != "output_dir" and (c := contents(v))}
         fingerprint = digest(parts)
         executed = output_dir / "notebooks" / f"{name}.ipynb"
         why = "--force" if args.force else why_run(runs.get(name, {}), parts, executed)
-        print(f"{name}: {f'run, {why}' if why else 'finished, skipped'}", flush=True)
+        print(shown(f"{name}: {f'run, {why}' if why else 'finished, skipped'}"), flush=True)
         if args.dry_run:
             print("".join(f"    {key}={v!r}\n" for key, v in parameters.items() if v != defaults[key]), end="")
         elif why:
             files.write_json(run_json, {k: v for k, v in runs.items() if k != name})  # if interrupted: not finished
-            started = time.time()
+            old, earlier = states(output_dir), runs.get(name, {}).get("products", {})
             seconds = execute(Path(f"notebooks/{name}.ipynb"), executed, parameters)
+            hashes.cache_clear()
             made = {key: r["files"] for key, r in products(output_dir).items() if r["stage"] == name}
-            made |= written_since(output_dir, started)
+            new = {key for key, state in states(output_dir).items() if key in earlier or old.get(key) != state}
+            made |= {key: hashes(output_dir / key) for key in sorted(new)}
             runs[name] = {"fingerprint": fingerprint, "seconds": seconds, "parts": parts, "products": made}
             files.write_json(run_json, runs)
     print("" if args.dry_run else reports.run_table(output_dir))
+
+
+def check_process() -> None:
+    """Make up for what this process was started without; RecipeError if it may open too few files for a kernel."""
+    for number in range(3):  # closed standard streams: other files would take their numbers
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # a name in Japanese where the locale is C
+            stream.reconfigure(errors="backslashreplace")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if 0 <= most < FEWEST_FILES:
+        raise RecipeError(
+            f"only {most} files may be open at a time, too few for a kernel: `ulimit -n 1024` allows more"
+        )
 
 
 def main() -> None:
@@ -122,14 +157,16 @@ def main() -> None:
     parser.add_argument("--only", choices=["01", "02", "03", "04"], help="run this notebook alone")
     parser.add_argument("--from", choices=["01", "02", "03", "04"], dest="start", default="01", help="run from it on")
     parser.add_argument("--set", action="append", default=[], help="r=32 or 03_sft.r=32; repeatable")
-    parser.add_argument("--force", action="store_true", help="run also what is finished")
+    parser.add_argument("--force", action="store_true", help="run also what is finished (see above)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     args = parser.parse_intermixed_args()
+    args.run_files = [path.absolute() if os.path.exists(path) else path for path in args.run_files]
     os.chdir(Path(__file__).resolve().parent)
     # The kernel "python3" shall be this interpreter's, also where the user has installed another environment's.
     os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter{os.pathsep}{os.environ.get('JUPYTER_PATH', '')}"
     notebooks = {path.stem: read_notebook(path) for path in sorted(Path("notebooks").glob("0*.ipynb"))}
     try:
+        check_process()
         if args.only and args.only < args.start:
             raise RecipeError(f"--from {args.start} --only {args.only} would run nothing; drop one of them")
         runs = [read_run(path, args.set, notebooks) for path in args.run_files]

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from engine import files, records
+from engine import files, forms, records
 from engine.decoding import Generate, Model
 from helpers import SHOT, RecipeError, clean_answer, digest, encode_within
 
@@ -65,9 +65,9 @@ def read_log(path: str | Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
-            if isinstance(row, dict) and {"task_id", *ROW} <= row.keys():
+            if forms.is_row(row):
                 yield row
             else:
                 print(f"{path}, line {number}: left out (no answer); its task is answered again")
@@ -76,26 +76,50 @@ def read_log(path: str | Path) -> Iterator[dict[str, Any]]:
 def kept(folder: str | Path, keys: Mapping[Any, str], finished: str | Path) -> dict[Any, dict[str, Any]]:
     """Answers of an earlier run by task_id, from the logs in `folder`; `keys` holds each task's `key`.
 
-    The logs are `answers.jsonl` (one process) and `answers.N.jsonl` (several). If they hold answers with other keys and
-    the run that gave them was finished (the file `finished` exists), they are removed; if it was interrupted,
-    RecipeError asks what to do. `finished` is removed when a task is to be answered. With several processes the main
-    one has to come first.
+    The logs are `answers.jsonl` (one process) and `answers.N.jsonl` (several). Answers with other keys are removed from
+    them if the run that gave them was finished, that is, if the file `finished` and its record are there and whole; if
+    it was interrupted, RecipeError asks what to do. `finished` is removed when a task is to be answered. With several
+    processes the main one has to come first.
     """
     logs = sorted(p for p in Path(folder).glob("answers*") if re.fullmatch(r"answers(\.\d+)?\.jsonl", p.name))
-    rows = [(path, row) for path in logs for row in read_log(path)]
-    if other := [path for path, row in rows if keys.get(row["task_id"]) != row["key"]]:
-        if not Path(finished).exists():
+    rows = {path: list(read_log(path)) for path in logs}
+    own = {path: [row for row in found if keys.get(row["task_id"]) == row["key"]] for path, found in rows.items()}
+    if other := [path for path in logs if own[path] != rows[path]]:
+        if not (Path(finished).exists() and records.read(finished).get("files")):
             raise RecipeError(
-                f"{other[0]} holds {other.count(other[0])} answers of an interrupted run with other settings: set them "
-                "back to go on with it, or choose another output_dir, or delete that file"
+                f"{other[0]} holds {len(rows[other[0]]) - len(own[other[0]])} answers of an interrupted run with other "
+                "settings: set them back to go on with it, or choose another output_dir, or delete that file"
             )
-        for path in logs:
-            path.unlink()
-        rows = []
-    kept = {row["task_id"]: row for _, row in sorted(rows, key=lambda pair: pair[1]["attempt"])}
+        for path in other:
+            if own[path]:
+                files.write_jsonl(path, own[path])
+            else:
+                path.unlink()
+    every = sorted((row for found in own.values() for row in found), key=lambda row: row["attempt"])
+    kept = {row["task_id"]: row for row in every}
     if keys.keys() - kept.keys():
         Path(finished).unlink(missing_ok=True)
     return kept
+
+
+def parallel_before(finished: str | Path) -> int:
+    """How many answers an interrupted run that was to write `finished` decoded at the same time, 0 if there is none.
+
+    In 16 bit an answer can change with what is decoded beside it, so a resumed run keeps that number.
+    """
+    record = records.read(finished)
+    return 0 if "files" in record else record.get("parallel", 0)
+
+
+def begin(finished: str | Path, record: dict[str, Any]) -> None:
+    """Write the record of `finished` without its files: its answers are begun.
+
+    If answers of the same models with the same settings are kept, the `versions` of `record` become those of both.
+    """
+    old = records.read(finished)
+    if old and "model" in old["inputs"] and key(old, []) == key(record, []):
+        record["versions"] = records.join_versions(old, record)
+    files.write_json(records.path_of(finished), record)
 
 
 class Clock:
@@ -209,16 +233,20 @@ def answer_all(
     questions: Sequence[Question],
     output_file: Path,
     clock: Clock,
+    record: dict[str, Any],
 ) -> tuple[dict[Any, dict[str, Any]], int]:
     """The rows (task_id and ROW) of all questions by task_id, and the number of processes that answered.
 
-    Answers of an earlier run in the folder of `output_file` are kept (see `kept`). Of several processes (accelerate)
+    Answers of an earlier run in the folder of `output_file` are kept (see `kept`), and if there are more to come its
+    `record` is begun (see `begin`). Of several processes (accelerate)
     each answers its share into a log of its own; the main one returns with all answers, the others end here.
     """
     folder, keys = output_file.parent, {question.task_id: question.key for question in questions}
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():  # it removes the log of a finished run with other settings
         rows = kept(folder, keys, finished=output_file)
+        if state.is_main_process and len(rows) < len(questions):
+            begin(output_file, record)
     print(f"{len(rows)} tasks are already answered, {len(questions) - len(rows)} to go")
     state.wait_for_everyone()
     mine = questions[state.process_index :: state.num_processes]

@@ -15,18 +15,19 @@ from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from engine import files, records, training
+from engine import files, records, reports, training
 from helpers import RecipeError
 
 
-def find(folder: str | Path, record: Mapping[str, Any], adapter: str | Path) -> Path | None:
+def find(folder: str | Path, record: dict[str, Any], adapter: str | Path) -> Path | None:
     """The newest whole checkpoint below `folder` of the training with this `record`, or None to start anew.
 
     A checkpoint is whole if every file is as its own record says (see `Recorder`), which must be one of this
     training; others are named and left out. If the checkpoints are those of another training, it depends on whether
     that one was finished, that is, whether its `adapter` folder has its record: then the checkpoints are deleted.
     Otherwise RecipeError asks what to do with them, and nothing is touched. The record of another training's adapter is
-    deleted, because the adapter is about to be replaced.
+    deleted, because the adapter is about to be replaced. The `versions` of `record` become those that the checkpoint
+    was made with, and what goes on.
     """
     folder, adapter = Path(folder), Path(adapter)
     numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
@@ -55,9 +56,20 @@ def find(folder: str | Path, record: Mapping[str, Any], adapter: str | Path) -> 
         else:
             problem = records.find_change(checkpoint, own)
         if not problem:
+            record["versions"] = versions(checkpoint, own, record)
             return checkpoint
         print(f"{checkpoint} is left out: {problem}")
     return None
+
+
+def versions(checkpoint: Path, own: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of the packages that make a training: those of the checkpoint's `own` record and, if it is not of
+    the last step, those of `record`, which goes on from it ("5.1, then 5.2").
+    """
+    state = reports.read(checkpoint / "trainer_state.json")
+    if 0 < state.get("max_steps", 0) <= state.get("global_step", 0):
+        return dict(own["versions"])
+    return records.join_versions(own, record)
 
 
 class Recorder(TrainerCallback):

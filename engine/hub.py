@@ -199,8 +199,12 @@ def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
 
 def open_private(api: HfApi, hub_repo: str, kind: str) -> None:
     """Create a private hub repository, or take the one that is there; RecipeError if that one is public."""
-    api.create_repo(hub_repo, repo_type=kind, private=True, exist_ok=True)
-    if not api.repo_info(hub_repo, repo_type=kind).private:
+    try:
+        private = api.repo_info(hub_repo, repo_type=kind, timeout=20).private
+    except RepositoryNotFoundError:
+        api.create_repo(hub_repo, repo_type=kind, private=True, exist_ok=True)
+        return
+    if not private:
         raise RecipeError(
             f"hub_repo {hub_repo} exists and is public: make it private in its settings on the hub, or choose another "
             "name (what is meant to be public, make public after the push)"

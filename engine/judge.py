@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -12,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openai import APIStatusError, DefaultHttpxClient, OpenAI
+import httpx2
+from anyio.from_thread import start_blocking_portal
+from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from tqdm.auto import tqdm
 
 from engine import files
@@ -41,6 +44,11 @@ RUBRIC = """あなたは日本語の回答を採点する、公平で厳密な�
 FENCE = "見出しの前には必ず{}という印があります。印のない【】は見出しではなく、本文の一部です。"
 AGAIN = 'Your answer could not be read ({}). Write only JSON: {{"reason": "...", "grade": an integer from 1 to 5}}'
 GIVE_UP_AFTER = 3  # tasks without a reply of the judge since its last grade
+LONGEST_REPLY = 4 * 2**20  # bytes
+
+
+class TooLong(OpenAIError):
+    """A reply of more than LONGEST_REPLY bytes; of a kind that the client does not ask for again."""
 
 
 def chat(task: Mapping[str, Any], answer: str) -> list[dict[str, str]]:
@@ -72,17 +80,52 @@ def parse_grade(text: str) -> dict[str, Any]:
     return {"grade": value["grade"], "reason": reason}
 
 
-def ask(messages: list[dict[str, str]], *, usage: Counter, model: str, **server: Any) -> str:
-    """The text of the judge's reply, its tokens added to `usage`. `server`: base_url, api_key and timeout (seconds).
+class LimitedClient(DefaultAsyncHttpxClient):
+    """An HTTP client that waits `seconds` for a whole reply, from the first byte sent to the last one read, and reads
+    at most LONGEST_REPLY bytes of it.
+    """
 
-    A server that is busy, failing, not there or silent for `timeout` is asked up to four times, as its Retry-After
-    says. ConnectionError, with a short reason, without a reply; ValueError for one that is no chat answer.
+    def __init__(self, seconds: float):
+        super().__init__(follow_redirects=False)  # key and tasks go to the named server alone
+        self.seconds = seconds
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        content = bytearray()
+        try:
+            async with asyncio.timeout(self.seconds):
+                reply = await super().send(request, **options | {"stream": True})
+                try:
+                    async for part in reply.aiter_bytes(2**16):
+                        content += part
+                        if len(content) > LONGEST_REPLY:
+                            raise TooLong
+                finally:
+                    await reply.aclose()
+        except TimeoutError:
+            raise httpx2.ReadTimeout("", request=request) from None
+        kept = [(name, value) for name, value in reply.headers.items() if name != "content-encoding"]
+        return httpx2.Response(reply.status_code, headers=kept, content=bytes(content), request=request)
+
+
+async def complete(messages: list[dict[str, str]], model: str, timeout: float, **server: Any) -> Any:
+    """The reply of a server (base_url, api_key), which is asked up to four times."""
+    async with AsyncOpenAI(**server, timeout=timeout, max_retries=3, http_client=LimitedClient(timeout)) as client:
+        return await client.chat.completions.create(model=model, messages=messages, temperature=0)
+
+
+def ask(messages: list[dict[str, str]], *, usage: Counter, **server: Any) -> str:
+    """The text of the judge's reply, its tokens added to `usage`. `server`: model, base_url, api_key and timeout.
+
+    A server that is busy, failing, not there or without a whole reply after `timeout` seconds is asked up to four
+    times, as its Retry-After says. ConnectionError, with a short reason, without a reply; ValueError for one that is no
+    chat answer or longer than LONGEST_REPLY.
     """
     usage["requests"] += 1
     try:
-        # No redirect: key and tasks go to the named server alone.
-        with OpenAI(**server, max_retries=3, http_client=DefaultHttpxClient(follow_redirects=False)) as client:
-            reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
+        with start_blocking_portal() as portal:  # in a thread, because a notebook's own event loop is running
+            reply = portal.call(partial(complete, messages, **server))
+    except TooLong:
+        raise ValueError(f"a reply of more than {LONGEST_REPLY:,} bytes") from None
     except APIStatusError as error:
         raise ConnectionError(f"HTTP {error.status_code}") from None
     except Exception as error:  # whose message may hold the key

@@ -108,7 +108,10 @@ OWN_FOLDERS = ("benchmarks", "data", "docs", "notebooks", "pipelines", "tests")
 
 
 def check_output_dir(output_dir: str) -> None:
-    """RecipeError if `output_dir` is a file, or lies over the files of the repository, which is the current folder."""
+    """RecipeError if `output_dir` is a file, or lies over the files of the repository, which is the current folder, or
+    is a name that some program on the way would not take for a folder.
+    """
+    check_name(output_dir)
     root, folder = Path.cwd(), Path(output_dir).resolve()
     first = folder.relative_to(root).parts[0].lower() if root in folder.parents else ""
     if folder == root or folder in root.parents or first.startswith(".") or first in OWN_FOLDERS:
@@ -116,6 +119,26 @@ def check_output_dir(output_dir: str) -> None:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise RecipeError(f"output_dir {output_dir!r}: {place} is a file; output_dir must be a folder")
+
+
+def check_name(output_dir: str) -> None:
+    """RecipeError for a name that is no UTF-8, that this Python cannot write, that papermill takes for an option, or
+    that leads over a link to nowhere.
+    """
+    problem = ""
+    if output_dir.startswith("-") or not output_dir.isprintable():
+        problem = 'it begins with "-" or holds a control character; choose another name'
+    try:
+        output_dir.encode()
+        os.fsencode(output_dir)
+    except UnicodeError:
+        problem = f"this Python writes names in {sys.getfilesystemencoding()}; set PYTHONUTF8=1, or choose another name"
+    if not problem:
+        folder = Path(output_dir).absolute()
+        links = [place for place in (folder, *folder.parents) if place.is_symlink() and not place.exists()]
+        problem = f"{links[-1]} is a link that leads nowhere; delete it" if links else ""
+    if problem:
+        raise RecipeError(f"output_dir {output_dir!r}: {problem}")
 
 
 _locks: dict[Path, Any] = {}  # held until the process ends
@@ -137,7 +160,7 @@ def lock_folder(folder: str | Path, stage: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        who = holder.read_text(encoding="utf-8", errors="replace") if holder.is_file() else "another process"
         raise RecipeError(f"{folder} is in use: {who} runs {stage}; wait, or choose another output_dir") from None
     except (NotImplementedError, OSError):
         pass  # no locks here, or nothing can be written: that the next line tells

@@ -6,8 +6,9 @@ The record of a folder is the file record.json in it, that of a file lies beside
                data), and the inputs that it was made from itself: a record leads back to published weights and data
     settings   the values that decide the result
     versions   of the packages
+    parallel   (of answers) how many were decoded at the same time: in 16 bit an answer can depend on it
     files      SHA-256 of every file that was written
-It is written last, so a folder or file with a record is finished.
+It is written last, so a folder or file whose record names its files is finished.
 """
 
 from __future__ import annotations
@@ -73,8 +74,18 @@ def write(product: str | Path, record: Mapping[str, Any]) -> None:
     """
     hashes, old = files.hashes(product), read(product)
     if old.get("files") == hashes and not changed_parts(old, record):
-        record = {**record, "versions": old["versions"]}
+        record = {**record, **{part: old[part] for part in ("versions", "parallel") if part in old}}
     files.write_json(path_of(product), {**record, "files": hashes})
+
+
+def join_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """The versions in two records, the second of which goes on with what the first began: "5.1, then 5.2"."""
+    joined = dict(new["versions"])
+    for name, before in old["versions"].items():
+        now = joined.get(name, "")
+        same = before == now or before.endswith(f", then {now}")
+        joined[name] = before if same else f"{before or 'none'}, then {now or 'none'}"
+    return joined
 
 
 def read(product: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import forms
 from helpers import RecipeError
 
 SWEEP = {
@@ -31,7 +32,9 @@ def read(path: Path) -> dict[str, Any]:
     # What a notebook depended on and, in run.json of today, what it made.
     parts = [part for r in runs for part in ((r.get("parts"), r.get("products", {})) if isinstance(r, dict) else [r])]
     if isinstance(report, dict) and all(isinstance(part, dict) for part in parts):
-        return report
+        hashes = [product for run in runs for product in run.get("products", {}).values()]
+        if all(forms.is_table(product, str) for product in hashes):
+            return report
     writer = "run.py, which then runs the notebooks again" if is_run else "the notebook that writes it, again"
     raise RecipeError(f"{path}: damaged or cut short; delete it and run {writer}")
 

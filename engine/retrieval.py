@@ -102,8 +102,8 @@ def refuse_class(reference: str, name: str, **_: Any) -> type:
 
 
 def check_base(name: str, commit: str) -> None:
-    """RecipeError if the model that a checkpoint names as its base (colbert-ai reads the kind there) has code of its own,
-    or cannot be read: then colbert-ai would take another one.
+    """RecipeError if the model that a checkpoint names as its base, where colbert-ai reads the kind, has code of its
+    own or cannot be read: then colbert-ai would take another one.
     """
     if not (Path(name, "artifact.metadata").is_file() or (commit and hub.fetch(name, "artifact.metadata", commit))):
         return
