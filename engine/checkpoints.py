@@ -15,7 +15,7 @@ from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from engine import files, records, reports, training
+from engine import files, records, training
 from helpers import RecipeError
 
 
@@ -26,8 +26,8 @@ def find(folder: str | Path, record: dict[str, Any], adapter: str | Path) -> Pat
     training; others are named and left out. If the checkpoints are those of another training, it depends on whether
     that one was finished, that is, whether its `adapter` folder has its record: then the checkpoints are deleted.
     Otherwise RecipeError asks what to do with them, and nothing is touched. The record of another training's adapter is
-    deleted, because the adapter is about to be replaced. The `versions` of `record` become those that the checkpoint
-    was made with, and what goes on.
+    deleted, because the adapter is about to be replaced. The `versions` of `record` become those that trained up to the
+    checkpoint and, if it is not of the last step, train on from it.
     """
     folder, adapter = Path(folder), Path(adapter)
     numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
@@ -56,20 +56,11 @@ def find(folder: str | Path, record: dict[str, Any], adapter: str | Path) -> Pat
         else:
             problem = records.find_change(checkpoint, own)
         if not problem:
-            record["versions"] = versions(checkpoint, own, record)
+            last = own.get("last_step") is True
+            record["versions"] = own["versions"] if last else records.join_versions(own, record)
             return checkpoint
         print(f"{checkpoint} is left out: {problem}")
     return None
-
-
-def versions(checkpoint: Path, own: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
-    """The versions of the packages that make a training: those of the checkpoint's `own` record and, if it is not of
-    the last step, those of `record`, which goes on from it ("5.1, then 5.2").
-    """
-    state = reports.read(checkpoint / "trainer_state.json")
-    if 0 < state.get("max_steps", 0) <= state.get("global_step", 0):
-        return dict(own["versions"])
-    return records.join_versions(own, record)
 
 
 class Recorder(TrainerCallback):
@@ -93,7 +84,8 @@ class Recorder(TrainerCallback):
             peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
             measured = {"seconds": round(seconds, 1), "peak_gpu_gib": peak and round(peak, 2)}
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            records.write(checkpoint, {**self.record, "measured": measured})
+            last = state.global_step >= state.max_steps
+            records.write(checkpoint, {**self.record, "measured": measured, "last_step": last})
 
 
 def train(trainer: Trainer, checkpoint: Path | None) -> None:

@@ -31,10 +31,14 @@ def parameters(name, output_dir, smoke, **values):
     return {"output_dir": str(output_dir)} | own[name] | values
 
 
-def start(name, output_dir, smoke):
+def start(name, output_dir, smoke, **changed):
     """Start a notebook as its users do; it runs in a kernel, a process of its own."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    values = [text for pair in parameters(name, output_dir, smoke).items() for text in ("-p", pair[0], str(pair[1]))]
+    values = [
+        text
+        for pair in parameters(name, output_dir, smoke, **changed).items()
+        for text in ("-p", pair[0], str(pair[1]))
+    ]
     command = [f"notebooks/{name}.ipynb", str(output_dir / "out.ipynb"), "--no-progress-bar", *values]
     return subprocess.Popen([sys.executable, "-m", "papermill", *command], cwd=ROOT)
 
@@ -71,6 +75,7 @@ def test_killed_training_goes_on_and_ends_the_same(smoke, tmp_path):
 
 
 def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
+    """One at a time, answers are those of an undisturbed run."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start("04_rag_inference", whole, smoke).wait() == 0
     log = killed / "answers.jsonl"
@@ -81,6 +86,23 @@ def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
     assert start("04_rag_inference", killed, smoke).wait() == 0
     assert log.read_bytes().split(b"\n")[: len(finished)] == finished
     assert (killed / "output.jsonl").read_bytes() == (whole / "output.jsonl").read_bytes()
+
+
+def test_killed_inference_goes_on_with_the_number_of_its_record(smoke, tmp_path):
+    """Several at a time, an answer can change in bf16 with what is decoded beside it: what is written stays, and the
+    rest is decoded as many at a time as before.
+    """
+    log, record = tmp_path / "answers.jsonl", tmp_path / "output.jsonl.record.json"
+    kill_when(start("04_rag_inference", tmp_path, smoke, batch_size=4), lambda: log.exists() and log.read_bytes())
+    begun = json.loads(record.read_text(encoding="utf-8"))
+    assert begun["parallel"] == 4 and "files" not in begun
+    finished = log.read_bytes().split(b"\n")[:-1]
+    assert start("04_rag_inference", tmp_path, smoke, batch_size=0).wait() == 0
+    assert log.read_bytes().split(b"\n")[: len(finished)] == finished
+    rows = [json.loads(line) for line in (tmp_path / "output.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 10
+    whole = json.loads(record.read_text(encoding="utf-8"))
+    assert whole["parallel"] == 4 and whole["files"].keys() == {"output.jsonl"}
 
 
 def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
@@ -217,7 +239,8 @@ def test_two_processes_answer_like_one(smoke, tmp_path):
     (tmp_path / "two").mkdir()
     old = [json.loads(line) | {"key": "old"} for line in (tmp_path / "one/answers.jsonl").read_bytes().splitlines()]
     (tmp_path / "two/answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
-    (tmp_path / "two/output.jsonl").write_text("finished", encoding="utf-8")
+    for name in ("output.jsonl", "output.jsonl.record.json"):
+        shutil.copy(tmp_path / "one" / name, tmp_path / "two")
     run_in_processes(2, "04_rag_inference", tmp_path / "two", smoke)
     assert not (tmp_path / "two/answers.jsonl").exists()
     assert len(list((tmp_path / "two").glob("answers.*.jsonl"))) == 2
