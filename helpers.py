@@ -877,7 +877,7 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 ROOMS = ("answers", "attention", "files", "hub", "judge", "lora", "machine", "models", "parameters", "records")
-ROOMS += ("retrieval", "slots", "training")
+ROOMS += ("reports", "retrieval", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
     from engine import (  # noqa: F401  # noqa: F401

@@ -79,7 +79,7 @@ def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
     return {key: str(value) for key, value in found.items() if value}
 
 
-def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
+def push(folder: str | Path, hub_repo: str, token: str) -> None:
     """Upload a folder to a private hub model repository; an interrupted upload goes on where it stopped."""
     api = HfApi(token=token)
     api.create_repo(hub_repo, private=True, exist_ok=True)

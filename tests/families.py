@@ -250,7 +250,7 @@ def rules(tokenizer, ends: list[int]):
     return names["process"], names["stop"]
 
 
-PROMPTS = [helpers.build_prompt(task["input"], []) for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]]
+PROMPTS = [helpers.build_prompt(task["input"], [], "2024") for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]]
 
 
 def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, list[list[int]]]:
@@ -266,7 +266,7 @@ def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, li
     if engine != "transformers" or not helpers.slots.scores_agree(model, prompts[0]):
         del ways["slots"]
     for name, generate in ways.items():
-        decoding = helpers.answers.Decoding(generate, 3, process, stop)
+        decoding = helpers.answers.Decoding(3, process, stop, penalize_prompt=True)
         answers = dict(generate(model, prompts, lambda _: 16, decoding))
         found[name] = [answers[i] for i in range(len(prompts))]
     return found

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-from compare import compare_runs, sweep_table, verdict
+from compare import compare_runs, verdict
+from engine.reports import sweep_table
 from helpers import RecipeError
 
 

@@ -160,7 +160,7 @@ def test_histories_hold_what_was_read_and_written_and_nothing_else(tmp_path, gen
         return scores
 
     never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
-    decoding = helpers.answers.Decoding(generate, 3, watch, never, penalize_prompt)
+    decoding = helpers.answers.Decoding(3, watch, never, penalize_prompt)
     answers = dict(generate(model, prompts, lambda _: 4, decoding))
     texts = [(prompt if penalize_prompt else []) + answers[i] for i, prompt in enumerate(prompts)]
     expected = [text[: len(text) - 4 + step] for text in texts for step in range(4)]

@@ -1,4 +1,4 @@
-"""Section 5 of helpers.py: tasks, prompts, shots, banned words, submission."""
+"""Section 4 of helpers.py: prompts, shots, banned words, submission; and tasks."""
 
 import json
 
@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 import helpers
 from helpers import RecipeError
 
-SHOTS = [{"input": f"問{i}", "output": f"答{i}"} for i in range(4)]
+SHOTS = [{"instruction": f"問{i}", "response": f"答{i}"} for i in range(4)]
 
 
 def test_prompt_is_that_of_2024():
-    assert helpers.build_prompt("課題", SHOTS[:2]) == (
+    assert helpers.build_prompt("課題", SHOTS[:2], "2024") == (
         "質問・文章をよく読んで、正確で親切な回答を書きなさい。\n"
         "### 質問:\n問1\n\n### 回答:\n答1\n\n\n"
         "### 質問:\n問0\n\n### 回答:\n答0\n\n\n"
@@ -28,16 +28,20 @@ def test_prompt_is_that_of_2024():
 @given(
     task=st.text(max_size=30),
     shots=st.lists(
-        st.builds(lambda a, b: {"input": a, "output": b}, st.text(max_size=30), st.text(max_size=30)), max_size=8
+        st.builds(lambda a, b: {"instruction": a, "response": b}, st.text(max_size=30), st.text(max_size=30)), max_size=8
     ),
     budget=st.integers(0, 600),
+    style=st.sampled_from(["2024", "training"]),
 )
-def test_fit_shots_drops_the_least_similar_and_cuts_nothing(task, shots, budget):
-    prompt, number = helpers.fit_shots(task, shots, len, budget)
-    assert prompt == helpers.build_prompt(task, shots[:number])
-    assert len(prompt) <= budget or number == 0
+def test_fit_shots_drops_the_least_similar_and_cuts_nothing(task, shots, budget, style):
+    def to_ids(text):
+        return [*map(ord, text)]
+
+    ids, number = helpers.fit_shots(task, shots, to_ids, budget, style)
+    assert ids == to_ids(helpers.build_prompt(task, shots[:number], style))
+    assert len(ids) <= budget or number == 0
     if number < len(shots):
-        assert len(helpers.build_prompt(task, shots[: number + 1])) > budget
+        assert len(helpers.build_prompt(task, shots[: number + 1], style)) > budget
 
 
 def test_banned_words_are_the_eight_of_2024():

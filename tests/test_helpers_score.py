@@ -80,16 +80,20 @@ def tiny():
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-PROMPTS = [helpers.build_prompt(text, []) for text in ("山", "35 × 12 を計算してください。", "物語を書いて。" * 30)]
+QUESTIONS = ("山", "35 × 12 を計算してください。", "物語を書いて。" * 30)
 REFERENCES = ["富士山です。", "420", "昔々、あるところに。" * 9]
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return [tiny[1](helpers.build_prompt(question, [], "2024"))["input_ids"] for question in QUESTIONS]
 
 
 @torch.no_grad()
 def one_by_one(model, tokenizer, prompt, reference):
     """Without batch, padding, mask or chosen logits: the sum of -log p of each token, divided by the characters."""
-    ids = tokenizer(prompt)["input_ids"]
-    start = len(ids)
-    ids += tokenizer(reference, add_special_tokens=False)["input_ids"]
+    start = len(prompt)
+    ids = prompt + tokenizer(reference, add_special_tokens=False)["input_ids"]
     probabilities = model(torch.tensor([ids])).logits[0].double().softmax(-1)
     return -sum(math.log(probabilities[i - 1, ids[i]]) for i in range(start, len(ids))) / len(reference)
 

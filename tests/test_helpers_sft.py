@@ -30,12 +30,6 @@ def test_sft_text_keeps_both_texts_whole(instruction, response):
     assert text.endswith(f"### 質問:\n{instruction}\n\n### 回答:\n{response}<eos>")
 
 
-def test_training_pairs_appends_qa_and_drops_other_columns(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": "1", "instruction": "a", "response": "b", "conversations": []}')
-    pairs = helpers.training_pairs(helpers.files.load_pairs(str(tmp_path / "a.jsonl")), [{"input": "c", "output": "d"}])
-    assert pairs == [{"instruction": "a", "response": "b"}, {"instruction": "c", "response": "d"}]
-
-
 def test_chat_template():
     tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
     tokenizer.chat_template = helpers.models.GEMMA_CHAT_TEMPLATE

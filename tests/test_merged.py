@@ -1,4 +1,4 @@
-"""`merge_adapter`: base + adapter as one model in bf16, the same model."""
+"""export.py: base + adapter as one model in bf16, the same model."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from test_hub import SHA, call, hub  # noqa: F401, a fixture
 from test_notebooks import execute
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Phi3Config
 
+import export
 import helpers
 from helpers import RecipeError
 
@@ -67,7 +68,7 @@ def test_every_weight_is_what_peft_would_merge(kind, rslora, tmp_path):
     adapter = save_adapter(TINY if "4" in kind else base, tmp_path / "adapter", use_rslora=rslora)
     if "4" in kind:
         base = quantize(TINY, tmp_path / "base", kind[:3], "double" in kind)
-    helpers.models.merge_adapter(str(base), adapter, tmp_path / "merged")
+    export.merge(str(base), adapter, tmp_path / "merged")
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     if "4" in kind:
@@ -87,7 +88,7 @@ def test_without_a_record_it_is_unfinished_and_old_files_are_gone(tmp_path):
     adapter, merged = save_adapter(TINY, tmp_path / "adapter"), tmp_path / "merged"
     shutil.copytree(TINY, merged)
     helpers.records.write(merged, helpers.records.make("03_sft", {}, {}, []))
-    helpers.models.merge_adapter(str(TINY), adapter, merged)
+    export.merge(str(TINY), adapter, merged)
     with pytest.raises(RecipeError, match="merged is unfinished"):
         helpers.records.model_source(str(merged))
     assert sorted(path.name for path in merged.iterdir()) == [
@@ -108,7 +109,7 @@ def test_too_little_memory_or_disk_is_told_before_anything_is_deleted(small, tmp
     if small == "disk":
         monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=2**60))
     with pytest.raises(RecipeError, match=rf"merged takes 281475\.0 GB, and the {small} has .* GB: make room"):
-        helpers.models.merge_adapter(str(base), adapter, merged)
+        export.merge(str(base), adapter, merged)
     assert (merged / "model.safetensors").is_file()
 
 
@@ -117,10 +118,10 @@ def test_a_base_on_the_hub_gives_the_same_files(hub, tmp_path, monkeypatch):  # 
     hub.files["me/base"] = {path.name: path.read_bytes() for path in TINY.iterdir()}
     adapter = save_adapter(TINY, tmp_path / "adapter")
     load = f"helpers.models.load('me/base', 'transformers', max_seq_length=64, revision={SHA!r})"
-    merge = f"helpers.models.merge_adapter('me/base', {str(adapter)!r}, {str(tmp_path / 'merged')!r}, {SHA!r})"
+    merge = f"import export; export.merge('me/base', {str(adapter)!r}, {str(tmp_path / 'merged')!r}, {SHA!r})"
     done = call(hub, f"{load}; {merge}")
     assert done.returncode == 0, done.stderr
-    helpers.models.merge_adapter(str(TINY), adapter, tmp_path / "expected")
+    export.merge(str(TINY), adapter, tmp_path / "expected")
     assert helpers.files.hashes(tmp_path / "merged") == helpers.files.hashes(tmp_path / "expected")
 
 

@@ -79,7 +79,6 @@ def test_a_record_that_is_damaged_or_of_another_form_is_one_line(product, text):
     for finished in (True, False):
         with pytest.raises(RecipeError, match=r"is unfinished, or .*record\.json cannot be read: run the notebook"):
             helpers.records.check(product, finished)
-    helpers.records.check_free_folder(product, source("a/c"))
 
 
 def test_a_record_in_which_a_key_of_an_input_is_missing_is_none(product):

@@ -78,7 +78,7 @@ def test_adapter_changes_the_output(smoke, inputs):
 def test_saved_tokenizer_adds_exactly_one_bos(smoke):
     for folder in ("quantized", "adapter"):
         tokenizer = AutoTokenizer.from_pretrained(smoke / folder)
-        ids = tokenizer(helpers.build_prompt("課題", []))["input_ids"]
+        ids = tokenizer(helpers.build_prompt("課題", [], "2024"))["input_ids"]
         assert ids.count(tokenizer.bos_token_id) == 1
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.chat_template == helpers.models.GEMMA_CHAT_TEMPLATE
