@@ -4,9 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_cell
 
 import helpers
 from helpers import RecipeError
@@ -135,12 +136,20 @@ def test_records_differ_in_contents_and_settings_not_in_names():
     assert helpers.records.changed_parts(old, new) == ["a", "model", "qa", "r"]
 
 
-def test_a_folder_that_holds_another_base_is_refused(product, tmp_path):
-    helpers.records.check_free_folder(tmp_path / "new", source())
-    helpers.records.check_free_folder(product, source())
-    for other in (source("a/c"), source("a/b", "124")):
-        with pytest.raises(RecipeError, match=r"already holds a/b \(local\), not a/"):
-            helpers.records.check_free_folder(product, other)
+def test_a_folder_that_holds_another_base_is_refused(tmp_path):
+    """Notebook 1, before anything is written: the same weights may be quantized again, wherever they lie."""
+    for name, weights in {"base": "abc", "moved": "abc", "other": "def"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text(weights)
+    out, values = tmp_path / "out", {"helpers": helpers, "Path": Path, "drive_dir": "", "hub_repo": ""}
+    (out / "quantized").mkdir(parents=True)
+    base = helpers.records.model_source(str(tmp_path / "base"))
+    helpers.records.write(out / "quantized", helpers.records.make("01_quantize", {"model": base}, {}, []))
+    values |= {"output_dir": str(out), "base_revision": ""}
+    run_cell("01_quantize", "source", base_model=str(tmp_path / "moved"), **values)
+    with pytest.raises(RecipeError, match=r"quantized already holds .*/base \(local\): choose another output_dir"):
+        run_cell("01_quantize", "source", base_model=str(tmp_path / "other"), **values)
 
 
 def test_origins_are_what_others_published():
