@@ -250,7 +250,9 @@ def rules(tokenizer, ends: list[int]):
     return names["process"], names["stop"]
 
 
-PROMPTS = [helpers.build_prompt(task["input"], [], "2024") for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]]
+PROMPTS = [
+    helpers.build_prompt(task["input"], [], "2024") for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]
+]
 
 
 def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, list[list[int]]]:

@@ -28,7 +28,8 @@ def test_prompt_is_that_of_2024():
 @given(
     task=st.text(max_size=30),
     shots=st.lists(
-        st.builds(lambda a, b: {"instruction": a, "response": b}, st.text(max_size=30), st.text(max_size=30)), max_size=8
+        st.builds(lambda a, b: {"instruction": a, "response": b}, st.text(max_size=30), st.text(max_size=30)),
+        max_size=8,
     ),
     budget=st.integers(0, 600),
     style=st.sampled_from(["2024", "training"]),

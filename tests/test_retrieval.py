@@ -52,7 +52,12 @@ def test_scores_are_those_of_plain_maxsim(retriever, query):
 def test_the_largest_similarity_of_each_token_sums_up_to_the_score(retriever, query):
     """The cell of notebook 04 that computes the picture: with each of the three best examples as the only one."""
     for result in helpers.retrieval.search(retriever, query, k=3, query_max_tokens=512):
-        values = {"task_rows": [{"input": query}], "qa": [{"instruction": DOCUMENTS[result["index"]]}], "k": 0, "query_max_tokens": 512}
+        values = {
+            "task_rows": [{"input": query}],
+            "qa": [{"instruction": DOCUMENTS[result["index"]]}],
+            "k": 0,
+            "query_max_tokens": 512,
+        }
         cell = run_cell("04_rag_inference", "retrieve", helpers=helpers, retriever="data/tiny/colbert", **values)
         tokens, document_tokens, cosines = cell["task_tokens"], cell["example_tokens"], cell["cosines"]
         assert cosines.shape == (len(tokens), len(document_tokens))
