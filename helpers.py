@@ -624,6 +624,24 @@ def training_example(tokenizer: Any, instruction: str, response: str, loss_on: s
     return Example(text, ids, labels, sum(start < len(question) for start in starts))
 
 
+def cut_examples(examples: Sequence[Example], longest: int) -> tuple[list[dict[str, list[int]]], dict[int, str]]:
+    """The examples cut at `longest` tokens, as rows (input_ids, labels), and by number what happened to longer ones.
+
+    Where already the question is that long, nothing may be left to learn: such an example is "left out".
+    """
+    rows, changed = [], {}
+    for number, example in enumerate(examples):
+        row = {"input_ids": example.ids[:longest], "labels": example.labels[:longest]}
+        learns = any(label != -100 for label in row["labels"])
+        if learns:
+            rows.append(row)
+        if len(example.ids) > longest or not learns:
+            changed[number] = "cut" if learns else "left out"
+    if not rows:
+        raise RecipeError(f"no question leaves room for an answer: raise max_seq_length = {longest}")
+    return rows, changed
+
+
 def even_rows(texts: Sequence[int], lengths: Sequence[int], texts_per_row: int) -> list[list[int]]:
     """Deal `texts` (their numbers) out to rows of nearly the same length: the longest first, each to the shortest row.
 
@@ -876,26 +894,14 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "files", "hub", "judge", "lora", "machine", "models", "parameters", "records")
-ROOMS += ("reports", "retrieval", "slots", "training")
+ROOMS = ("answers", "attention", "checkpoints", "decoding", "files", "hub", "judge", "kept_layers", "lora", "machine")
+ROOMS += ("models", "parameters", "records", "reports", "retrieval", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
-    from engine import (  # noqa: F401  # noqa: F401
-        answers,
-        attention,
-        files,
-        hub,
-        judge,
-        lora,
-        machine,
-        models,
-        parameters,
-        records,
-        reports,
-        retrieval,
-        slots,
-        training,
-    )
+    from engine import answers, attention, checkpoints, decoding, files, hub, judge, kept_layers, lora  # noqa: F401
+
+    # isort: split
+    from engine import machine, models, parameters, records, reports, retrieval, slots, training  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:

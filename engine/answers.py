@@ -1,27 +1,51 @@
-"""Answers: questions, the clock, the log, batches, and how likely a reference is."""
+"""Answers: questions, the clock, the log that survives an interruption, and how likely a reference is."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from engine import files, records
-from helpers import RecipeError, clean_answer, digest, encode_within
+from engine.decoding import Generate, Model
+from helpers import SHOT, RecipeError, clean_answer, digest, encode_within
 
-Model = PreTrainedModel | PeftModel
-Rules = Callable[[torch.Tensor, Any], torch.Tensor]
-# How answers are made: from prompts (token ids) and a function that says how many tokens the answer to prompt number N
-# may have by now, it yields (N, token ids of the answer) in the order in which they finish.
-Generate = Callable[[Sequence[list[int]], Callable[[int], int]], Iterator[tuple[int, list[int]]]]
+
+def check_tasks(
+    name: str, tasks: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]], window: int, longest: int
+) -> list[Any]:
+    """The task_ids that leave fewer than `longest` tokens for an answer, beside their prompts without shots (token
+    ids); they are printed. RecipeError, beginning with `name`, for those that leave fewer than 16.
+    """
+    left = {task["task_id"]: window - len(ids) for task, ids in zip(tasks, prompts, strict=True)}
+    if hopeless := [f"{task_id} ({window - rest:,} tokens)" for task_id, rest in left.items() if rest < 16]:
+        remedy = f"prompt and answer share max_seq_length = {window:,}: raise it, or shorten or remove the tasks"
+        raise RecipeError(f"{name}: no room to answer task_id {', '.join(hopeless[:10])}; {remedy}")
+    if too_long := {task_id: rest for task_id, rest in left.items() if rest < longest}:
+        print(f"answered without shots, in at most as many tokens: {too_long}")
+    return list(too_long)
+
+
+def check_examples(
+    name: str, rows: Sequence[dict[str, str]], to_ids: Callable[[str], list[int]], budget: int, k: int
+) -> list[dict[str, str]]:
+    """The examples (instruction, response) that fit into a prompt of `budget` tokens; RecipeError if none does."""
+    fitting = [row for row in rows if len(to_ids(SHOT.format(**row))) <= budget]
+    print(f"{len(fitting)} of {len(rows)} examples fit into max_seq_length - max_new_tokens = {budget:,} tokens")
+    if k and not fitting:
+        raise RecipeError(f"{name}: no example fits: raise max_seq_length or lower max_new_tokens")
+    if k > len(fitting):
+        print(f"k = {k}: all of them are used")
+    return fitting
 
 
 def key(record: Mapping[str, Any], prompt: Sequence[int]) -> str:
@@ -113,94 +137,6 @@ class Question(NamedTuple):
     prompts: tuple[list[int], list[int]]  # the second one, without shots, is asked if the first answer is empty
 
 
-class Decoding(NamedTuple):
-    """How the tokens of a run's answers are chosen, the same for all of them."""
-
-    parallel: int  # answers at the same time
-    process: Rules  # transformers' LogitsProcessorList: (token ids so far, scores) to scores
-    stop: Rules  # transformers' StoppingCriteriaList: (token ids so far, None) to true where an answer ends
-    penalize_prompt: bool  # whether "so far" includes the prompt
-
-
-def apply_rules(process: Rules, history: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """`scores` (rows, vocabulary) after the rules of `process` for each row's `history` (rows, tokens).
-
-    Where a history holds the number of tokens of the vocabulary, there is none: that is how histories are padded. No
-    real token will do, because the rules would take it for one that was written.
-    """
-    return process(history, torch.nn.functional.pad(scores, (0, 1), value=-torch.inf))[:, :-1]
-
-
-def generate_batch(model: Model, rows: Sequence[list[int]], limit: int, decoding: Decoding) -> list[list[int]]:
-    """Answers of at most `limit` tokens to prompts (token ids) with the model's own `generate`, padded on the left."""
-    width = max(map(len, rows))
-    padding = torch.tensor([[True] * (width - len(row)) + [False] * len(row) for row in rows], device=model.device)
-    lengths = [limit] * len(rows)  # of the answers
-
-    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        history = ids.clone()
-        history[:, :width][padding] = scores.shape[1]
-        return apply_rules(decoding.process, history[:, 0 if decoding.penalize_prompt else width :], scores)
-
-    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        stopped, length = decoding.stop(ids[:, width:], scores), ids.shape[1] - width
-        for row in stopped.nonzero().flatten().tolist():
-            lengths[row] = min(lengths[row], length)
-        return stopped
-
-    with torch.inference_mode():
-        written = model.generate(
-            torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device),
-            attention_mask=(~padding).long(),
-            do_sample=False,
-            max_new_tokens=limit,
-            max_length=None,  # unsloth sets one, and generate() would tell of two limits each time
-            eos_token_id=None,  # `stop` alone knows where an answer ends
-            logits_processor=[process],
-            stopping_criteria=[stop],
-        )
-    return [row[:length] for row, length in zip(written[:, width:].tolist(), lengths, strict=True)]
-
-
-def in_batches(
-    model: Model, prompts: Sequence[list[int]], limit_of: Callable[[int], int], decoding: Decoding
-) -> Iterator[tuple[int, list[int]]]:
-    """Like `slots.answer`, with the model's own `generate`: for unsloth, and for models that do not fit the slots.
-
-    When a batch does not fit into the GPU's memory it is halved, and so are those that follow.
-    Raises RecipeError if a single prompt does not fit.
-    """
-    waiting, size = list(range(len(prompts))), decoding.parallel
-    while waiting:
-        chosen = waiting[:size]
-        try:
-            found = generate_batch(model, [prompts[i] for i in chosen], max(map(limit_of, chosen)), decoding)
-        except torch.OutOfMemoryError:
-            if len(chosen) == 1:
-                length = f"{len(prompts[chosen[0]])} tokens: lower k or max_seq_length"
-                raise RecipeError(f"the GPU's memory is too small for a prompt of {length}") from None
-            torch.cuda.empty_cache()
-            size = len(chosen) // 2
-            continue
-        waiting = waiting[len(chosen) :]
-        for index, tokens in zip(chosen, found, strict=True):
-            yield index, tokens[: limit_of(index)]
-
-
-def sample(
-    model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int = 64
-) -> list[str]:
-    """Greedy answers to a few prompts (token ids) without any rules, to see what training changes."""
-
-    def ended(ids: torch.Tensor, _scores: Any) -> torch.Tensor:
-        ends = torch.tensor(model.generation_config.eos_token_id, device=ids.device)
-        return torch.isin(ids[:, -1], ends)
-
-    plain = Decoding(len(prompts), LogitsProcessorList(), ended, penalize_prompt=False)
-    found = generate_batch(model, prompts, max_new_tokens, plain)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
-
-
 def ask(
     generate: Generate, tokenizer: PreTrainedTokenizerBase, questions: Iterable[Question], attempt: int, clock: Clock
 ) -> Iterator[dict[str, Any]]:
@@ -265,6 +201,59 @@ def answer(
                 yield row
             if 0 < clock.budget <= clock.seconds and len(rows) < len(questions):
                 return
+
+
+def answer_all(
+    generate: Generate,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    output_file: Path,
+    clock: Clock,
+) -> tuple[dict[Any, dict[str, Any]], int]:
+    """The rows (task_id and ROW) of all questions by task_id, and the number of processes that answered.
+
+    Answers of an earlier run in the folder of `output_file` are kept (see `kept`). Of several processes (accelerate)
+    each answers its share into a log of its own; the main one returns with all answers, the others end here.
+    """
+    folder, keys = output_file.parent, {question.task_id: question.key for question in questions}
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():  # it removes the log of a finished run with other settings
+        rows = kept(folder, keys, finished=output_file)
+    print(f"{len(rows)} tasks are already answered, {len(questions) - len(rows)} to go")
+    state.wait_for_everyone()
+    mine = questions[state.process_index :: state.num_processes]
+    log = folder / (f"answers.{state.process_index}.jsonl" if state.num_processes > 1 else "answers.jsonl")
+    answered = answer(generate, tokenizer, mine, rows, log, clock)
+    progress = tqdm(answered, total=len(mine), unit="answer", disable=not state.is_main_process)
+    seconds = tokens = 0
+    for count, row in enumerate(progress, start=1):
+        rows[row["task_id"]] = row
+        seconds, tokens = seconds + row["seconds"], tokens + row["new_tokens"]
+        rate, end = tokens / max(seconds, 1e-3), seconds / count * len(mine) / 60
+        progress.set_postfix_str(f"{rate:.0f} tokens/s, projected end after {end:.1f} minutes")
+    processes = state.num_processes
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    if not state.is_main_process:
+        sys.exit()
+    return (rows if processes == 1 else kept(folder, keys, finished=output_file)), processes
+
+
+def metrics(rows: Mapping[Any, Mapping[str, Any]], processes: int) -> dict[str, Any]:
+    """What all answers (rows by task_id) cost: seconds of answering, tokens, cut and repeated answers, memory."""
+    seconds = sum(row["seconds"] for row in rows.values()) / processes
+    new_tokens = sum(row["new_tokens"] for row in rows.values())
+    return {
+        "tasks": len(rows),
+        "answered": len(rows),
+        "seconds": round(seconds, 1),
+        "new_tokens": new_tokens,
+        "tokens_per_second": round(new_tokens / max(seconds, 1e-3), 1),
+        "cut": sum(row["cut"] for row in rows.values()),
+        "asked_again": [task_id for task_id, row in rows.items() if row["attempt"] == 2],
+        "longest_answer_at_the_end": min(row["limit"] for row in rows.values()),
+        "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
+    }
 
 
 def reference_nll(

@@ -64,6 +64,11 @@ def read_config(name: str, revision: str = "", file: str = "config.json") -> dic
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def lora_rank(adapter: Mapping[str, Any] | None) -> int:
+    """The rank of an adapter (a source, see engine/records.py), 0 without one."""
+    return read_config(adapter["name"], adapter["commit"], "adapter_config.json")["r"] if adapter else 0
+
+
 def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
     """The licence that a card names: `licence` (several with ", " between), and for one that the hub does not know
     `licence_name` and `licence_link`; {} without one.
@@ -79,7 +84,7 @@ def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
     return {key: str(value) for key, value in found.items() if value}
 
 
-def push(folder: str | Path, hub_repo: str, token: str) -> None:
+def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
     """Upload a folder to a private hub model repository; an interrupted upload goes on where it stopped."""
     api = HfApi(token=token)
     api.create_repo(hub_repo, private=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -121,3 +121,22 @@ def add_in_place(model: PreTrainedModel | PeftModel) -> int:
                 replace(mlp, down, fast)
                 changed += 1
     return changed
+
+
+def first_gradients(model: PeftModel, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """W, A and B of the first layer with an adapter: shape, norm, and the norm of the gradient that one text (token
+    ids) gives. The model is left as it was found.
+    """
+    name, layer = next((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+    text = torch.tensor([ids], device=model.device)
+    positions = torch.arange(len(ids), device=model.device)[None]
+    model(input_ids=text, labels=text, position_ids=positions, use_cache=False).loss.backward()
+    adapter = layer.active_adapters[0]
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    frozen = frozen_weight(layer, torch.float32)
+    rows = [{"matrix": f"W, {name.rpartition('.')[2]}", "shape": tuple(frozen.shape), "norm": frozen.norm().item()}]
+    for matrix, weight in (("A", a), ("B", b)):
+        norms = {"norm": weight.norm().item(), "norm of the gradient": weight.grad.norm().item()}
+        rows.append({"matrix": matrix, "shape": tuple(weight.shape)} | norms)
+    model.zero_grad(set_to_none=True)
+    return rows

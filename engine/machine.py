@@ -148,6 +148,24 @@ def lock_folder(folder: str | Path, stage: str) -> None:
     _locks[path] = lock
 
 
+def open_outputs(output_dir: str, drive_dir: str, stage: str) -> str:
+    """The folder to write to (see `place_outputs`), locked for this notebook (see `lock_folder`)."""
+    folder = place_outputs(output_dir, drive_dir)
+    lock_folder(folder, stage)
+    return folder
+
+
+def start_wandb(project: str, output_dir: str) -> None:
+    """Set wandb up for a `project` ("": not used): it logs online, or without a key or network into `output_dir`."""
+    if not project:
+        return
+    os.environ |= {"WANDB_PROJECT": project, "WANDB_DIR": output_dir, "WANDB_SILENT": "true"}
+    if key := secret("WANDB_API_KEY"):
+        os.environ["WANDB_API_KEY"] = key
+    os.environ["WANDB_MODE"] = wandb_mode(key)
+    print(f"wandb is {os.environ['WANDB_MODE']}")
+
+
 def find_gpu() -> dict[str, Any] | None:
     """Name, free memory in GiB and compute capability of the first NVIDIA GPU, None if there is none.
 

@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import hub, machine
+from engine import hub, lora, machine
 from helpers import RecipeError, first_line
+
+Model = PreTrainedModel | PeftModel
 
 # google/gemma-2-27b has no chat template; 2024 took that of google/gemma-2-9b. Neither stage of the recipe applies it:
 # it is stored with the tokenizer so that the saved model can be used with chat tools.
@@ -255,3 +258,19 @@ def load_adapter(model: PreTrainedModel, name: str, revision: str = "") -> PeftM
         except UserWarning as error:
             missing = str(error).count("lora_")
             raise RecipeError(f"{name}: {missing} of its tensors are missing; train or fetch it again") from None
+
+
+def load_trained(sources: Mapping[str, Mapping[str, Any]], engine: str, max_seq_length: int, dtype: str) -> Model:
+    """The model and, if there is one, the adapter of these `sources` (see `records.find_models`), ready to answer."""
+    base, adapter = sources["model"], sources.get("adapter")
+    model: Model
+    model, _ = load(base["name"], engine, max_seq_length=max_seq_length, dtype=dtype, revision=base["commit"])
+    if adapter:
+        model = load_adapter(model, adapter["name"], adapter["commit"])
+    if engine == "unsloth":
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
+    elif model.device.type == "cuda":
+        lora.add_in_place(model)  # prompts are read faster
+    return model.eval()

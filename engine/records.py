@@ -38,6 +38,27 @@ def make(stage: str, inputs: Mapping[str, Any], settings: Mapping[str, Any], pac
     return json.loads(json.dumps(record))
 
 
+def finish(
+    product: str | Path, record: Mapping[str, Any], card: str, hub_repo: str, token: str, next_step: tuple[str, str]
+) -> None:
+    """Write the card and, last, the record of a folder or file; push it if `hub_repo` names a repository.
+
+    `next_step`, such as ("notebook 3", "model"), is who goes on with it and by which parameter: that is printed.
+    """
+    product, (who, parameter) = Path(product), next_step
+    card_file = product / "README.md" if product.is_dir() else product.with_name(f"{product.stem}_card.md")
+    card_file.write_text(card, encoding="utf-8")
+    write(product, record)
+    if not hub_repo:
+        return print(f"{who} finds {product} by the same output_dir and drive_dir")
+    if product.is_dir():
+        hub.push_folder(product, hub_repo, token)
+    else:
+        own = path_of(product)
+        hub.push_rows({product.name: product, own.name: own, "README.md": card_file}, hub_repo, token)
+    return print(f'in {who}: {parameter} = "{hub_repo}"')
+
+
 def begin(folder: str | Path) -> None:
     """Mark a folder as unfinished, with an empty record in the place of its old one: nothing may use it yet."""
     files.write_json(Path(folder, "record.json"), {})
@@ -131,6 +152,23 @@ def _source(name: str, commit: str, record: Mapping[str, Any], licence: Mapping[
     return {"name": name, "commit": commit, "sha256": sha256, **licence, "inputs": record.get("inputs", {})}
 
 
+def find_models(model: str, adapter: str, output_dir: str) -> dict[str, dict[str, Any]]:
+    """The sources of `model` and, unless `adapter` is "none", of the adapter; empty names mean those of `output_dir`.
+
+    An adapter on the hub names the model that it was trained on, which is taken where there is none in `output_dir`.
+    RecipeError for an adapter that was trained on another model.
+    """
+    own, found = f"{output_dir}/quantized", {}
+    if adapter != "none":
+        found["adapter"] = model_source(adapter or f"{output_dir}/adapter", finished=not adapter)
+    trained_on = found.get("adapter", {"inputs": {}})["inputs"].get("model", {})
+    name = model or (trained_on["name"] if trained_on.get("commit") and not Path(own).exists() else own)
+    found = {"model": model_source(name, finished=name == own)} | found
+    if "adapter" in found:
+        check_adapter(found["adapter"], found["model"])
+    return found
+
+
 def rows_source(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The source (see Records) of rows that were read, known by their contents, wherever they came from."""
     return {"name": name, "commit": "", "sha256": digest(rows), "inputs": {}}
@@ -156,13 +194,13 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def rooms_in(code: str) -> set[str]:
-    """The rooms that Python code names (`helpers.slots`) or imports (`from engine import slots`)."""
+    """The rooms that Python code names (`helpers.slots`) or imports (from `engine`, or something of `engine.slots`)."""
     named = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "helpers":
             named.add(node.attr)
-        elif isinstance(node, ast.ImportFrom) and node.module == "engine":
-            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engine"):
+            named |= {alias.name for alias in node.names} | {node.module.removeprefix("engine.")}
     return named & set(ROOMS)
 
 

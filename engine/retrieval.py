@@ -35,6 +35,13 @@ def embed_query(retriever: Any, query: str, query_max_tokens: int) -> tuple[list
     return tokenizer.tok.convert_ids_to_tokens(ids[0]), model.inference_ckpt.queryFromText([query], bsize=1)[0]
 
 
+def embed_document(retriever: Any, index: int, text: str) -> tuple[list[str], torch.Tensor]:
+    """The tokens of the document with this index and `text`, and their unit vectors (tokens, width)."""
+    reader = retriever.model.inference_ckpt.doc_tokenizer
+    ((ids, _),), _ = reader.tensorize([text], bsize=1)
+    return reader.tok.convert_ids_to_tokens(ids[0]), retriever.model.in_memory_embed_docs[index][: len(ids[0])]
+
+
 def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[dict[str, Any]]:
     """The `k` most similar documents, best first, as {"index", "score"}; equal scores keep the order of the documents.
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from engine import answers, attention, models
+from engine import attention, models
+from engine.decoding import Decoding, Model, apply_rules, in_batches
 from helpers import RecipeError
 
 
@@ -52,7 +53,7 @@ class Decoder:
     small kernels would take longer than they run.
     """
 
-    def __init__(self, model: answers.Model, slots: int, columns: int):
+    def __init__(self, model: Model, slots: int, columns: int):
         AttentionInterface.register("slots", slot_attention)
         self.model, self.device = model, model.device
         self.config = model.config.get_text_config()
@@ -145,7 +146,7 @@ class Decoder:
         return (self.keys[layer], self.values[layer]) if self.slot is None else (key, value)
 
 
-def scores_agree(model: answers.Model, prompt: Sequence[int], steps: int = 4) -> bool:
+def scores_agree(model: Model, prompt: Sequence[int], steps: int = 4) -> bool:
     """Whether a `Decoder` gives the model's own scores for the last `steps` tokens of a prompt.
 
     If not, a line says why. Long prompts are cut to 1,024 tokens: eager attention holds the scores of all pairs.
@@ -171,7 +172,7 @@ def scores_agree(model: answers.Model, prompt: Sequence[int], steps: int = 4) ->
     return not problem
 
 
-def that_fit(model: answers.Model, columns: int, wanted: int, reserve: float = 3.0) -> int:
+def that_fit(model: Model, columns: int, wanted: int, reserve: float = 3.0) -> int:
     """How many slots of `columns` tokens fit on the model's GPU beside `reserve` GiB of working memory (at least 1).
 
     Found by asking for the memory, so that a limit of any kind counts. Without a GPU: `wanted`.
@@ -192,13 +193,13 @@ def that_fit(model: answers.Model, columns: int, wanted: int, reserve: float = 3
 
 
 def answer(
-    model: answers.Model, prompts: Sequence[list[int]], limit_of: Callable[[int], int], decoding: answers.Decoding
+    model: Model, prompts: Sequence[list[int]], limit_of: Callable[[int], int], decoding: Decoding
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy answers to `prompts` (token ids), yielded as (index, new token ids) in the order in which they finish.
 
     `limit_of(index)` is how many tokens that answer may have. It is asked after every token; it may fall while the run
     goes on, but not rise. The rules of `decoding` see (rows, history) token ids, padded on the left (see
-    `answers.apply_rules`), of the new tokens alone or, with `penalize_prompt`, of prompt and new tokens. The token that
+    `apply_rules`), of the new tokens alone or, with `penalize_prompt`, of prompt and new tokens. The token that
     stopped an answer is part of it.
     """
     if not prompts:
@@ -221,11 +222,11 @@ def answer(
                 if decoding.penalize_prompt:
                     history[slot, -len(prompts[index]) :] = torch.tensor(prompts[index], device=model.device)
                 scores = decoder.read_prompt(slot, prompts[index]).float()
-                tokens[slot] = answers.apply_rules(decoding.process, history[slot : slot + 1], scores).argmax(-1)[0]
+                tokens[slot] = apply_rules(decoding.process, history[slot : slot + 1], scores).argmax(-1)[0]
             if not changed:  # no slot or no prompt is free: all running answers get one more token
                 changed = list(running)
                 scores = decoder.decode(tokens).float()
-                tokens = answers.apply_rules(decoding.process, history, scores).argmax(-1)
+                tokens = apply_rules(decoding.process, history, scores).argmax(-1)
             history[changed] = torch.cat([history[changed, 1:], tokens[changed, None]], dim=1)
             stopped = decoding.stop(history, None).tolist()
             for slot, token in zip(changed, tokens[changed].tolist(), strict=True):
@@ -236,3 +237,15 @@ def answer(
                     yield index, written
     finally:
         decoder.close()
+
+
+def choose(
+    model: Model, engine: str, prompts: Sequence[Sequence[int]], longest_answer: int, wanted: int
+) -> tuple[Callable[..., Iterator[tuple[int, list[int]]]], int]:
+    """How to answer, `answer` or `in_batches`, and how many prompts (token ids) at a time: `wanted`, 0 for as many as
+    fit. Slots need the engine transformers, and to give the model's own scores for the first prompt.
+    """
+    if engine != "transformers" or not scores_agree(model, prompts[0]):
+        return in_batches, wanted or 16
+    columns = max(map(len, prompts)) + longest_answer
+    return answer, that_fit(model, columns, wanted or 64)

@@ -1,32 +1,152 @@
-"""Training: rows without padding, kept layers, noise, checkpoints that can be trusted."""
+"""Training: what the trainer is given, rows without padding, kept layers, noise, and what a training measured."""
 
 from __future__ import annotations
 
-import gc
-import re
-import shutil
-import time
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from datasets import Dataset
+from peft import PeftModel
 from transformers import (
     AttentionInterface,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.notebook import NotebookProgressCallback
 
-from engine import attention, files, records
-from helpers import RecipeError, even_rows
+from engine import attention, lora, records
+from engine.kept_layers import KeptLayers
+from helpers import RecipeError, encode, even_rows
+
+
+def check_control_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[int]]) -> None:
+    """RecipeError unless each text (token ids) begins with the one <bos>, if the tokenizer has one, and holds no
+    control token before its end.
+    """
+    begin = encode(tokenizer, "").ids
+    control = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for number, ids in enumerate(texts, start=1):
+        if list(ids[: len(begin)]) != begin or control & set(ids[len(begin) : -1]):
+            raise RecipeError(f"text {number} of {len(texts)} has a control token in its middle, or no <bos>")
+
+
+def count_steps(texts: int, texts_per_step: int, epochs: float, max_steps: int, warmup: int, logging: int) -> int:
+    """The steps of a training on so many texts; RecipeError if it would end before the full learning rate or a log."""
+    steps = max_steps or math.ceil(epochs * math.ceil(texts / texts_per_step))
+    if warmup >= steps or logging > steps:
+        remedy = f"set warmup_steps to a tenth, {steps // 10}, and logging_steps to at most {steps}"
+        raise RecipeError(f"warmup_steps or logging_steps is too high for {steps} steps: {remedy}")
+    return steps
+
+
+def machine_arguments(dtype: str, without_padding: bool, evaluate: bool, every: int, batch_size: int) -> dict[str, Any]:
+    """The arguments of the trainer that follow from the machine: number type, optimizer, kernels, several processes.
+
+    With `evaluate` the held-out texts are tried before the training and `every` so many steps.
+    """
+    gpu = torch.cuda.is_available()
+    use_liger = gpu and without_padding
+    fast = use_liger and dtype == "bfloat16"
+    return {
+        "optim": "adamw_8bit" if gpu else "adamw_torch",
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": not gpu,
+        "padding_free": without_padding,
+        "pad_to_multiple_of": 128 if fast else None,  # of a whole row: odd lengths slow its matrix products down
+        "use_liger_kernel": use_liger,
+        "liger_kernel_config": {"geglu": False} if use_liger else None,  # at this size PyTorch's own is faster
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": every,
+        "eval_on_start": evaluate,
+        "per_device_eval_batch_size": batch_size,
+        "prediction_loss_only": True,
+        "ddp_find_unused_parameters": False,  # several processes: every step uses the whole adapter
+    }
+
+
+# The arguments of the trainer that decide the result: a training goes on only where they are the same.
+DECISIVE = "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size"
+DECISIVE += " warmup_steps neftune_noise_alpha optim bf16 seed padding_free"
+
+
+def decisive(args: TrainingArguments) -> dict[str, Any]:
+    """The settings for the record that the trainer's arguments hold."""
+    return {name: getattr(args, name) for name in DECISIVE.split()}
+
+
+def whole_batches(texts: Dataset | None, args: TrainingArguments) -> Dataset | None:
+    """Held-out texts that fill the last batch of several processes: what fills it up would count, too."""
+    if not texts or args.world_size == 1:
+        return texts
+    at_once = args.per_device_eval_batch_size * args.world_size
+    return texts.select(range(len(texts) // at_once * at_once or len(texts)))
+
+
+class LossBar(ProgressCallback):
+    """One progress bar with the last loss, instead of a line for each of thousands of logged losses."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        pass  # no second bar for the held-out texts
+
+
+def prepare(trainer: Trainer) -> None:
+    """What the libraries would decide otherwise: the adapter in float32, rows of nearly the same length and NEFTune's
+    noise as with padding; on a GPU with bf16 the faster layers of `lora` and `KeptLayers`; one progress bar.
+    """
+    args = trainer.args
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # trl turns the adapter into bf16, in which small updates are rounded away
+            parameter.data = parameter.data.float()
+    if args.padding_free:
+        balance_rows(trainer)
+        if args.neftune_noise_alpha:
+            noise_as_with_padding(trainer.model, args.neftune_noise_alpha)
+    if args.use_liger_kernel and args.bf16:
+        print("the first row compiles its kernels: up to a minute without progress")
+        lora.add_in_place(trainer.model)
+        KeptLayers(trainer)
+    for callback in (NotebookProgressCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(LossBar)
+
+
+def look_at_batch(trainer: Trainer) -> dict[str, Any]:
+    """The first batch as the trainer delivers it: its shape, texts, shares of padding and of tokens that the loss
+    counts, and its beginning as text. RecipeError unless it holds whole texts, as many as it should.
+    """
+    tokenizer, batch = trainer.processing_class, next(iter(trainer.get_train_dataloader()))
+    ids = batch["input_ids"]
+    if trainer.args.padding_free:  # a text goes on at position 1; what fills a row up stays at 0
+        position = batch["position_ids"][0]
+        first = ids[0, :-1][position[1:] == 1]
+        padding = ((position == 0).sum().item() - len(first)) / len(position)
+    else:
+        first, padding = ids[:, 0], 1 - batch["attention_mask"].float().mean().item()
+    expected, begin = (
+        min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset)),
+        encode(tokenizer, "").ids,
+    )
+    if len(first) != expected or (begin and set(first.tolist()) != set(begin)):
+        raise RecipeError(f"{len(first)} texts in a batch of {expected}, which begin with {first.tolist()}")
+    return {
+        "rows and tokens": " x ".join(map(str, ids.shape)),
+        "texts": len(first),
+        "padding": f"{padding:.0%}",
+        "tokens that the loss counts": f"{(batch['labels'] != -100).float().mean().item():.0%}",
+        "it begins": tokenizer.decode(ids[0][:40]),
+    }
 
 
 @contextmanager
@@ -133,160 +253,6 @@ def noise_as_with_padding(model: PreTrainedModel | PeftModel, alpha: float) -> N
     model.register_forward_pre_hook(set_alpha, with_kwargs=True)
 
 
-class KeptLayers:
-    """Gradient checkpointing in only as many layers as the GPU's memory requires, decided anew for every row.
-
-    A checkpointed layer keeps its input alone and is computed again in the backward pass; a kept layer saves that time.
-    How many bytes a kept layer takes per token, and how many the rest of a step, is measured while training. A row that
-    does not fit all the same is computed again with fewer kept layers, with the same noise and on top of the same
-    gradients. Of several processes each decides for itself, but an error stays one: the others wait for this one.
-    """
-
-    def __init__(self, trainer: Trainer, margin_gib: float = 2.0):
-        self.layers = [layer for layer in trainer.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        self.parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        self.margin, self.alone = margin_gib * 2**30, trainer.args.world_size == 1
-        self.layer_bytes, self.rest_bytes, self.rest_tokens = 0.0, 0.0, 0
-        self.layers[-1].register_forward_pre_hook(self.measure_layer)
-        self.layers[-1].register_forward_hook(self.measure_layer)
-        self.step, trainer.training_step = trainer.training_step, self.training_step
-
-    def measure_layer(self, layer: GradientCheckpointingLayer, _inputs: Any, output: Any = None) -> None:
-        if output is None:
-            self.before = torch.cuda.memory_allocated()
-        elif layer.training and not layer.gradient_checkpointing:
-            hidden = output[0] if isinstance(output, tuple) else output  # what a checkpointed layer holds, too
-            self.layer_bytes = (torch.cuda.memory_allocated() - self.before - hidden.nbytes) / self.tokens
-
-    def keep(self, number: int) -> None:
-        self.kept = number
-        for index, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = index < len(self.layers) - number
-
-    def number_that_fits(self, used: int) -> int:
-        if self.layer_bytes <= 0:  # the first row measures
-            return 1
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
-        rest = self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)
-        return int(min(max((free - rest) / (self.layer_bytes * self.tokens), 0), len(self.layers)))
-
-    def training_step(self, model: torch.nn.Module, inputs: Mapping[str, Any], *arguments: Any) -> torch.Tensor:
-        """The trainer's own training step, planned before and measured after."""
-        if not self.rest_tokens:  # loading the model may have taken more
-            torch.cuda.reset_peak_memory_stats()
-        self.tokens, used = inputs["input_ids"].numel(), torch.cuda.memory_allocated()
-        before = torch.cuda.max_memory_allocated()
-        self.keep(self.number_that_fits(used))
-        sums = [parameter.grad for parameter in self.parameters]
-        random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        while True:
-            if self.alone:  # half a backward pass must leave nothing in the sums
-                for parameter in self.parameters:
-                    parameter.grad = None
-            try:
-                loss = self.step(model, inputs, *arguments)
-                break
-            except torch.OutOfMemoryError:
-                if not (self.kept and self.alone):
-                    raise
-            self.margin += 2**30
-            self.keep(self.kept // 2)
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.set_rng_state(random_states[0])
-            torch.cuda.set_rng_state_all(random_states[1])
-        if self.alone and sums[0] is not None:
-            torch._foreach_add_([parameter.grad for parameter in self.parameters], sums)
-        peak = torch.cuda.max_memory_allocated()
-        if peak > before and self.tokens >= self.rest_tokens:  # so the peak is this row's
-            self.rest_bytes = peak - used - self.kept * self.layer_bytes * self.tokens
-            self.rest_tokens = self.tokens
-        return loss
-
-
-def keep_layers(trainer: Trainer) -> None:
-    """Let a trainer on a GPU checkpoint only as many layers as its memory requires (see `KeptLayers`)."""
-    KeptLayers(trainer)
-
-
-def checkpoint_to_resume(folder: str | Path, record: Mapping[str, Any], adapter: str | Path) -> Path | None:
-    """The newest whole checkpoint below `folder` of the training with this `record`, or None to start anew.
-
-    A checkpoint is whole if every file is as its own record says (see `CheckpointRecorder`), which must be one of this
-    training; others are named and left out. If the checkpoints are those of another training, it depends on whether
-    that one was finished, that is, whether its `adapter` folder has its record: then the checkpoints are deleted.
-    Otherwise RecipeError asks what to do with them, and nothing is touched. The record of another training's adapter is
-    deleted, because the adapter is about to be replaced.
-    """
-    folder, adapter = Path(folder), Path(adapter)
-    numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
-    checkpoints = sorted((path for path, found in numbers.items() if found), key=lambda path: -int(numbers[path][1]))
-    finished = records.read(adapter)
-    # Every checkpoint repeats the record of the training, so that no single damaged file makes it unknown.
-    old = next(filter(None, map(records.read, [folder, *checkpoints])), {})
-    changed = records.changed_parts(old, record) if old else ["what it was started with"] if checkpoints else []
-    if changed:
-        if not old or not finished or records.changed_parts(finished, old):
-            raise RecipeError(
-                f"{folder} holds an interrupted training with other values of {', '.join(changed)}: set them back to "
-                "go on with it, or choose another output_dir, or delete that folder"
-            )
-        shutil.rmtree(folder)
-        checkpoints = []
-    if finished and records.changed_parts(finished, record):
-        records.path_of(adapter).unlink()
-    files.write_json(folder / "record.json", record)
-    for checkpoint in checkpoints:
-        own = records.read(checkpoint)
-        if not own.get("files") or "measured" not in own:
-            problem = "it was not written to its end, or its record cannot be read"
-        elif records.changed_parts(own, record):
-            problem = "it is of another training"
-        else:
-            problem = records.find_change(checkpoint, own)
-        if not problem:
-            return checkpoint
-        print(f"{checkpoint} is left out: {problem}")
-    return None
-
-
-class CheckpointRecorder(TrainerCallback):
-    """Writes the record of every checkpoint, last of all, and so marks it as whole.
-
-    It adds what was `measured` up to then: seconds of training, with those before the `checkpoint` that it goes on
-    from, and the peak of this process's GPU memory in GiB (None without a GPU).
-    """
-
-    def __init__(self, record: Mapping[str, Any], checkpoint: Path | None = None):
-        self.record = record
-        self.seconds_before = records.read(checkpoint)["measured"]["seconds"] if checkpoint else 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        PartialState().wait_for_everyone()  # every process keeps its random state in the checkpoint
-        if state.is_world_process_zero:
-            seconds = self.seconds_before + time.perf_counter() - self.started
-            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-            measured = {"seconds": round(seconds, 1), "peak_gpu_gib": peak and round(peak, 2)}
-            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            records.write(checkpoint, {**self.record, "measured": measured})
-
-
-def run(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the end, from a checkpoint if there is one; after the last step only its weights are loaded.
-
-    transformers would go one step too far from a checkpoint of the last step in the middle of an epoch.
-    """
-    state = TrainerState.load_from_json(checkpoint / "trainer_state.json") if checkpoint else None
-    if state is None or state.global_step < state.max_steps:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    else:
-        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device=str(trainer.model.device)))
-        trainer.state = state
-
-
 def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
     """What to change when a training step does not fit into the GPU's memory, at the same effective batch."""
     if batch_size > 1:
@@ -297,3 +263,42 @@ def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
     else:
         advice = "lower max_seq_length or r, or take a smaller model"
     return RecipeError(f"the GPU's memory is full: {advice}, restart the runtime and run the notebook again")
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str) -> None:
+    """Save the adapter in 16 bit, and its tokenizer; the folder counts as unfinished until its record is written."""
+    records.begin(folder)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    for config in model.peft_config.values():
+        if isinstance(config.target_modules, set):  # written in another order each time, it would be another adapter
+            config.target_modules = sorted(config.target_modules)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def metrics(trainer: Trainer) -> dict[str, Any]:
+    """What a finished training measured: losses (means over the first and last tenth of those logged), steps, real
+    tokens per second, seconds and memory, and the curves `loss` and `held_out` as pairs of step and loss.
+    """
+    history, step = trainer.state.log_history, trainer.state.global_step
+    curve = [[entry["step"], float(entry["loss"])] for entry in history if "loss" in entry]
+    losses = [loss for _, loss in curve]
+    held_out = list({e["step"]: round(e["eval_loss"], 4) for e in history if "eval_loss" in e}.items())
+    tenth = max(1, len(losses) // 10)
+    tokens = sum(map(len, trainer.train_dataset["input_ids"]))
+    measured = records.read(Path(trainer.args.output_dir, f"checkpoint-{step}"))["measured"]
+    return {
+        "first_loss": round(sum(losses[:tenth]) / tenth, 4),
+        "last_loss": round(sum(losses[-tenth:]) / tenth, 4),
+        "held_out_loss": held_out[-1][1] if held_out else None,
+        "steps": step,
+        "texts": len(trainer.train_dataset),
+        "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "tokens_per_second": round(tokens * trainer.state.epoch / measured["seconds"], 1),
+        **measured,
+        "attention": trainer.model.config._attn_implementation,
+        "loss": curve,
+        "held_out": held_out,
+    }

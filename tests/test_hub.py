@@ -137,7 +137,7 @@ def committed(commit: list[dict]) -> dict[str, bytes | str]:
 def test_folder_goes_to_a_private_repository_and_an_interrupted_push_goes_on(hub, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
     (tmp_path / "model.safetensors").write_bytes(b"weights" * 1000)
-    push = f"helpers.hub.push({str(tmp_path)!r}, 'me/thing', 'hf_x')"
+    push = f"helpers.hub.push_folder({str(tmp_path)!r}, 'me/thing', 'hf_x')"
     hub.refuse = True
     assert call(hub, push).returncode == 1
     assert (len(hub.stored), hub.commits) == (1, [])
