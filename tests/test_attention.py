@@ -98,5 +98,5 @@ def test_slots_answer_like_generate_one_by_one(model, slots, penalize_prompt):
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=length, **options)[0]
         expected[index] = answer[len(prompt) :].tolist()
     never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
-    decoding = helpers.answers.Decoding(slots, processors(), never, penalize_prompt)
+    decoding = helpers.decoding.Decoding(slots, processors(), never, penalize_prompt)
     assert dict(helpers.slots.answer(model, prompts, lengths.__getitem__, decoding)) == expected

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_cell
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,12 +69,12 @@ def adapter(tmp_path):
 
 def test_resume_takes_the_newest_checkpoint_of_the_same_training(folder, adapter):
     record = training(r=8, modules=("q", "k"))
-    assert helpers.training.checkpoint_to_resume(folder, record, adapter) is None
+    assert helpers.checkpoints.find(folder, record, adapter) is None
     checkpoint(folder, 300, record)
     newest = checkpoint(folder, 1200, record)
     for foreign in ("checkpoint-old", "checkpoint-1500x", "notes"):
         (folder / foreign).mkdir()
-    assert helpers.training.checkpoint_to_resume(folder, record, adapter) == newest
+    assert helpers.checkpoints.find(folder, record, adapter) == newest
 
 
 @pytest.mark.parametrize(
@@ -89,30 +88,30 @@ def test_resume_takes_the_newest_checkpoint_of_the_same_training(folder, adapter
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(folder, adapter, capsys, damage, said):
     record = training(r=8)
-    helpers.training.checkpoint_to_resume(folder, record, adapter)
+    helpers.checkpoints.find(folder, record, adapter)
     whole, damaged = checkpoint(folder, 300, record), checkpoint(folder, 1200, record)
     damage(damaged)
-    assert helpers.training.checkpoint_to_resume(folder, record, adapter) == whole
+    assert helpers.checkpoints.find(folder, record, adapter) == whole
     printed = capsys.readouterr().out
     assert printed.startswith(f"{damaged} is left out: ") and said in printed and printed.count("\n") == 1
 
 
 def test_resume_refuses_checkpoints_of_other_settings_or_another_base(folder, adapter):
-    helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
+    helpers.checkpoints.find(folder, training(r=8, seed=1), adapter)
     kept = checkpoint(folder, 300, training(r=8, seed=1))
     for other, named in ((training(r=16, seed=1), "r"), (training(r=8, seed=1, base="2"), "model")):
         with pytest.raises(RecipeError, match=rf"other values of {named}:"):
-            helpers.training.checkpoint_to_resume(folder, other, adapter)
-    assert helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
+            helpers.checkpoints.find(folder, other, adapter)
+    assert helpers.checkpoints.find(folder, training(r=8, seed=1), adapter) == kept
     (folder / "record.json").write_text("[]")
     with pytest.raises(RecipeError, match=r"other values of r:"):  # every checkpoint repeats the record
-        helpers.training.checkpoint_to_resume(folder, training(r=16, seed=1), adapter)
+        helpers.checkpoints.find(folder, training(r=16, seed=1), adapter)
     (folder / "record.json").unlink()
-    assert helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter) == kept
+    assert helpers.checkpoints.find(folder, training(r=8, seed=1), adapter) == kept
     (folder / "record.json").unlink()
     (kept / "record.json").unlink()
     with pytest.raises(RecipeError, match="other values of what it was started with"):
-        helpers.training.checkpoint_to_resume(folder, training(r=8, seed=1), adapter)
+        helpers.checkpoints.find(folder, training(r=8, seed=1), adapter)
 
 
 def finish(adapter, record):
@@ -123,18 +122,18 @@ def finish(adapter, record):
 
 def test_a_finished_training_is_not_repeated(folder, adapter):
     record = training(r=8)
-    helpers.training.checkpoint_to_resume(folder, record, adapter)
+    helpers.checkpoints.find(folder, record, adapter)
     last = checkpoint(folder, 300, record)
     finish(adapter, record)
-    assert helpers.training.checkpoint_to_resume(folder, record, adapter) == last
+    assert helpers.checkpoints.find(folder, record, adapter) == last
     assert helpers.records.check(adapter, finished=True)
 
 
 def test_another_training_after_a_finished_one_starts_anew(folder, adapter):
-    helpers.training.checkpoint_to_resume(folder, training(r=8), adapter)
+    helpers.checkpoints.find(folder, training(r=8), adapter)
     checkpoint(folder, 300, training(r=8))
     finish(adapter, training(r=8))
-    assert helpers.training.checkpoint_to_resume(folder, training(r=16), adapter) is None
+    assert helpers.checkpoints.find(folder, training(r=16), adapter) is None
     assert not helpers.records.read(adapter), "the old adapter still counts as finished"
     assert not list(folder.glob("checkpoint-*"))
 
@@ -142,15 +141,15 @@ def test_another_training_after_a_finished_one_starts_anew(folder, adapter):
 def test_a_checkpoint_of_another_training_is_left_out(folder, adapter, capsys):
     own, other = checkpoint(folder, 5, training(r=8)), checkpoint(folder, 10, training(r=8, base="2"))
     helpers.files.write_json(folder / "record.json", training(r=8))
-    assert helpers.training.checkpoint_to_resume(folder, training(r=8), adapter) == own
+    assert helpers.checkpoints.find(folder, training(r=8), adapter) == own
     assert f"{other} is left out: it is of another training" in capsys.readouterr().out
 
 
 def test_an_old_adapter_is_not_finished_once_another_training_has_begun(folder, adapter):
     finish(adapter, training(r=8))
-    assert helpers.training.checkpoint_to_resume(folder, training(r=8), adapter) is None  # the checkpoints were deleted
+    assert helpers.checkpoints.find(folder, training(r=8), adapter) is None  # the checkpoints were deleted
     assert helpers.records.check(adapter, finished=True)
-    assert helpers.training.checkpoint_to_resume(folder, training(r=16), adapter) is None
+    assert helpers.checkpoints.find(folder, training(r=16), adapter) is None
     with pytest.raises(RecipeError, match="has no record"):
         helpers.records.check(adapter, finished=True)
 
@@ -237,6 +236,4 @@ def test_several_processes_test_whole_batches(processes, tested):
     """transformers would fill the last one up with texts that have been counted already."""
     arguments = SimpleNamespace(per_device_eval_batch_size=4, world_size=processes)
     held_out = Dataset.from_dict({"input_ids": [[2, number] for number in range(19)]})
-    names = {"held_out": held_out, "training_args": arguments, "SFTTrainer": lambda **options: options}
-    names = run_cell("03_sft", "trainer", lm=None, tokenizer=None, train_dataset=None, **names)
-    assert len(names["trainer"]["eval_dataset"]) == tested
+    assert len(helpers.training.whole_batches(held_out, arguments)) == tested

@@ -5,10 +5,8 @@ import logging
 import types
 from functools import partial
 
-import pandas as pd
 import pytest
 import torch
-from conftest import run_cell
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList
@@ -59,7 +57,7 @@ def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
             do_sample=False,
             max_new_tokens=limit,
             logits_processor=[
-                lambda ids, scores, seen=seen: helpers.answers.apply_rules(process, ids[:, seen:], scores)
+                lambda ids, scores, seen=seen: helpers.decoding.apply_rules(process, ids[:, seen:], scores)
             ],
             stopping_criteria=stop,
         )
@@ -76,8 +74,8 @@ def answer(generate, model, prompts, longest, decoding):
 @pytest.mark.parametrize("parallel", [1, 4, 6])
 def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop, parallel, penalize_prompt):
     expected = one_by_one(model, prompts, process, stop, penalize_prompt)
-    for generate in (helpers.answers.in_batches, helpers.slots.answer):
-        decoding = helpers.answers.Decoding(parallel, process, stop, penalize_prompt)
+    for generate in (helpers.decoding.in_batches, helpers.slots.answer):
+        decoding = helpers.decoding.Decoding(parallel, process, stop, penalize_prompt)
         found = answer(generate, model, prompts, LONGEST, decoding)
         assert [found[i] for i in range(len(prompts))] == expected, generate.__name__
 
@@ -85,10 +83,10 @@ def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop,
 def test_a_limit_of_the_models_own_says_nothing_and_changes_nothing(model, prompts, process, stop, caplog, monkeypatch):
     """unsloth sets `max_length` on a GPU, of which transformers tells again with every batch."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    decoding = helpers.answers.Decoding(1, process, stop, penalize_prompt=False)
-    expected = answer(helpers.answers.in_batches, model, prompts, LONGEST, decoding)
+    decoding = helpers.decoding.Decoding(1, process, stop, penalize_prompt=False)
+    expected = answer(helpers.decoding.in_batches, model, prompts, LONGEST, decoding)
     model.generation_config.max_length = 8192
-    assert answer(helpers.answers.in_batches, model, prompts, LONGEST, decoding) == expected
+    assert answer(helpers.decoding.in_batches, model, prompts, LONGEST, decoding) == expected
     assert not caplog.records
 
 
@@ -97,14 +95,14 @@ def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
     prompt = tokenizer("".join(TASKS * 2))["input_ids"]
     assert len(prompt) > 3 * model.config.sliding_window
     expected = one_by_one(model, [prompt] * 6, process, stop, False)[0]
-    decoding = helpers.answers.Decoding(2, process, stop, penalize_prompt=False)
+    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
     assert answer(helpers.slots.answer, model, [prompt], [40], decoding)[0] == expected
 
 
 def test_shorter_limit_during_the_run(model, prompts, process, stop):
     limits = [40]
     lengths = []
-    decoding = helpers.answers.Decoding(2, process, stop, penalize_prompt=False)
+    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
     for _, tokens in helpers.slots.answer(model, prompts, lambda _: limits[-1], decoding):
         lengths.append(len(tokens))
         limits.append(5)
@@ -127,8 +125,8 @@ class SmallGpu:
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(model, prompts, process, stop):
     small = SmallGpu(model)
-    decoding = helpers.answers.Decoding(6, process, stop, penalize_prompt=False)
-    found = answer(helpers.answers.in_batches, small, prompts, LONGEST, decoding)
+    decoding = helpers.decoding.Decoding(6, process, stop, penalize_prompt=False)
+    found = answer(helpers.decoding.in_batches, small, prompts, LONGEST, decoding)
     assert [found[i] for i in range(6)] == one_by_one(model, prompts, process, stop, False)
     assert small.calls == [6, 3, 1, 1, 1, 1, 1, 1]
 
@@ -138,9 +136,9 @@ def test_a_prompt_that_never_fits(model, prompts, process, stop):
         def generate(self, ids, **options):
             raise torch.OutOfMemoryError
 
-    decoding = helpers.answers.Decoding(4, process, stop, penalize_prompt=False)
+    decoding = helpers.decoding.Decoding(4, process, stop, penalize_prompt=False)
     with pytest.raises(RecipeError, match="lower k or max_seq_length"):
-        answer(helpers.answers.in_batches, NoGpu(model), prompts, LONGEST, decoding)
+        answer(helpers.decoding.in_batches, NoGpu(model), prompts, LONGEST, decoding)
 
 
 def answer_row(task_id, key, output, **fields):
@@ -225,7 +223,7 @@ def questions(tokenizer, prompts):
 
 @pytest.fixture
 def decoding(process, stop):
-    return helpers.answers.Decoding(3, process, stop, penalize_prompt=True)
+    return helpers.decoding.Decoding(3, process, stop, penalize_prompt=True)
 
 
 @pytest.fixture
@@ -266,7 +264,7 @@ def test_the_generator_answers_like_generate_one_by_one(
     expected = one_by_one(model, prompts, decoding.process, decoding.stop, penalize_prompt, longest=[40] * 6)
     expected = [helpers.clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in expected]
     assert all(expected)
-    for generate in (helpers.slots.answer, helpers.answers.in_batches):
+    for generate in (helpers.slots.answer, helpers.decoding.in_batches):
         for parallel in (1, 4, 64):
             setting = {"parallel": parallel, "penalize_prompt": penalize_prompt}
             path = tmp_path / f"{generate.__name__}-{parallel}" / "answers.jsonl"
@@ -314,7 +312,7 @@ def one_second_an_answer(monkeypatch):
     monkeypatch.setattr(helpers.answers, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
 
 
-@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
 def test_the_clock_shortens_answers(questions, answers_to, one_second_an_answer, generate):
     setting = {"parallel": 1, "stop": StoppingCriteriaList()}
     rows = list(answers_to(questions, way=generate, decoding=setting, budget=5.5))
@@ -342,7 +340,7 @@ class NothingAfter:
         return scores
 
 
-@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
 def test_an_empty_answer_is_asked_again_without_shots(tokenizer, questions, answers_to, tmp_path, generate):
     (token,) = tokenizer.encode("親切", add_special_tokens=False)  # only in the words of 2024's prompt
     empty = questions[0]
@@ -396,12 +394,10 @@ def test_a_process_touches_only_its_own_log(questions, answers_to, tmp_path):
     assert finished[5]["output"] == "from before"
 
 
-@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
 def test_first_tokens_are_those_of_the_answer(model, tokenizer, decoding, prompts, generate):
-    names = {"pd": pd, "generate": partial(generate, model, decoding=decoding), "tokenizer": tokenizer}
-    names |= {"prompt_ids": prompts[0], "process": decoding.process, "decoding": decoding}
-    cell = run_cell("04_rag_inference", "first-tokens", **names)
-    steps = run_cell("04_rag_inference", "token-table", **cell)["token_rows"]
+    generate = partial(generate, model, decoding=decoding)
+    steps = helpers.decoding.first_tokens(generate, decoding, tokenizer, prompts[0])
     tokens = one_by_one(model, prompts, decoding.process, decoding.stop, True)[0][:8]
     assert [step["chosen"] for step in steps] == [
         repr(text if "\ufffd" not in (text := tokenizer.decode([token])) else tokenizer.convert_ids_to_tokens(token))

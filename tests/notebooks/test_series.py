@@ -140,11 +140,11 @@ def test_rules_see_no_padding():
     """Token 3 was written in both rows, 0 in none; the second row is shorter."""
     scores = torch.ones(2, 6)
     history = torch.tensor([[4, 3, 5], [6, 6, 3]])
-    found = helpers.answers.apply_rules(RepetitionPenaltyLogitsProcessor(2.0), history, scores)
+    found = helpers.decoding.apply_rules(RepetitionPenaltyLogitsProcessor(2.0), history, scores)
     assert found.tolist() == [[1, 1, 1, 0.5, 0.5, 0.5], [1, 1, 1, 0.5, 1, 1]]
 
 
-@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
 @pytest.mark.parametrize("penalize_prompt", [True, False])
 def test_histories_hold_what_was_read_and_written_and_nothing_else(tmp_path, generate, penalize_prompt):
     """Prompts of different lengths together, and a pad token that is the end token: every row of a history is the
@@ -160,7 +160,7 @@ def test_histories_hold_what_was_read_and_written_and_nothing_else(tmp_path, gen
         return scores
 
     never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
-    decoding = helpers.answers.Decoding(3, watch, never, penalize_prompt)
+    decoding = helpers.decoding.Decoding(3, watch, never, penalize_prompt)
     answers = dict(generate(model, prompts, lambda _: 4, decoding))
     texts = [(prompt if penalize_prompt else []) + answers[i] for i, prompt in enumerate(prompts)]
     expected = [text[: len(text) - 4 + step] for text in texts for step in range(4)]

@@ -203,7 +203,7 @@ def test_a_row_that_does_not_fit_is_computed_again_and_changes_nothing(gpu_of_te
     randomize_b(model)
     expected = gradients_of_three_rows(Trainer(model))
     trainer = Trainer(model)
-    kept = helpers.training.KeptLayers(trainer)
+    kept = helpers.kept_layers.KeptLayers(trainer)
     failures = iter([False, True])
 
     def fail(*_):
@@ -220,7 +220,7 @@ def test_layers_are_kept_as_long_as_memory_lasts(gpu_of_ten_gib):
     """8 of 10 GiB are free beside the margin: 2 for the rest of a step, 3 for each layer."""
     model = adapted(gemma2())
     model.gradient_checkpointing_enable()
-    kept = helpers.training.KeptLayers(Trainer(model))
+    kept = helpers.kept_layers.KeptLayers(Trainer(model))
     kept.layer_bytes, kept.rest_bytes, kept.rest_tokens = 3 * 2**30 / 4096, 2 * 2**30, 4096
     for tokens, expected in ((1024, 2), (4096, 2), (5120, 1), (16384, 0)):
         kept.tokens = tokens
