@@ -9,8 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
+from transformers.generation import EosTokenCriteria
 
 import helpers
 from helpers import RecipeError
@@ -88,25 +95,6 @@ def test_a_limit_of_the_models_own_says_nothing_and_changes_nothing(model, promp
     model.generation_config.max_length = 8192
     assert answer(helpers.decoding.in_batches, model, prompts, LONGEST, decoding) == expected
     assert not caplog.records
-
-
-def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
-    """The prompt is several times longer than the tiny model's window, so that a wrong window would show."""
-    prompt = tokenizer("".join(TASKS * 2))["input_ids"]
-    assert len(prompt) > 3 * model.config.sliding_window
-    expected = one_by_one(model, [prompt] * 6, process, stop, False)[0]
-    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
-    assert answer(helpers.slots.answer, model, [prompt], [40], decoding)[0] == expected
-
-
-def test_shorter_limit_during_the_run(model, prompts, process, stop):
-    limits = [40]
-    lengths = []
-    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
-    for _, tokens in helpers.slots.answer(model, prompts, lambda _: limits[-1], decoding):
-        lengths.append(len(tokens))
-        limits.append(5)
-    assert max(lengths[2:]) <= 5
 
 
 class SmallGpu:
@@ -446,3 +434,22 @@ def test_answer_key_depends_on_everything():
     assert key() == key(name="moved")
     changed = [key(model="9"), key(adapter="9"), key(penalty=1.2), key(prompt=(1, 3))]
     assert len({key(), *changed}) == 5
+
+
+def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
+    """The prompt is several times longer than the tiny model's window, so that a wrong window would show."""
+    prompt = tokenizer("".join(TASKS * 2))["input_ids"]
+    assert len(prompt) > 3 * model.config.sliding_window
+    expected = one_by_one(model, [prompt] * 6, process, stop, False)[0]
+    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
+    assert answer(helpers.slots.answer, model, [prompt], [40], decoding)[0] == expected
+
+
+def test_shorter_limit_during_the_run(model, prompts, process, stop):
+    limits = [40]
+    lengths = []
+    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
+    for _, tokens in helpers.slots.answer(model, prompts, lambda _: limits[-1], decoding):
+        lengths.append(len(tokens))
+        limits.append(5)
+    assert max(lengths[2:]) <= 5

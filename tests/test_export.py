@@ -51,7 +51,7 @@ def phi3(folder):
     return folder
 
 
-def quantize(source, folder, quant_type, double):
+def pack(source, folder, quant_type, double):
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -71,7 +71,7 @@ def test_every_weight_is_what_peft_would_merge(kind, rslora, tmp_path):
     base = TINY if kind == "bf16" else phi3(tmp_path / "phi3")
     adapter = save_adapter(TINY if "4" in kind else base, tmp_path / "adapter", use_rslora=rslora)
     if "4" in kind:
-        base = quantize(TINY, tmp_path / "base", kind[:3], "double" in kind)
+        base = pack(TINY, tmp_path / "base", kind[:3], "double" in kind)
     export.merge(str(base), adapter, tmp_path / "merged")
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -134,20 +134,20 @@ def test_a_base_on_the_hub_gives_the_same_files(hub, tmp_path, monkeypatch):  # 
 
 
 @pytest.fixture
-def run_dir(smoke, tmp_path):
+def run_dir(quantized, tmp_path):
     """A finished training whose adapter changes far more than rounding does."""
-    folder = save_adapter(str(smoke / "quantized"), tmp_path / "run/adapter")
-    AutoTokenizer.from_pretrained(smoke / "quantized").save_pretrained(folder)
-    inputs = {"model": helpers.records.model_source(str(smoke / "quantized"), finished=True)}
+    folder = save_adapter(str(quantized), tmp_path / "run/adapter")
+    AutoTokenizer.from_pretrained(quantized).save_pretrained(folder)
+    inputs = {"model": helpers.records.model_source(str(quantized), finished=True)}
     inputs["train_data"] = helpers.records.data_source("data/sample/qa.jsonl")
     helpers.records.write(folder, helpers.records.make("03_sft", inputs, {}, []))
     return folder.parent
 
 
-def test_export_writes_a_finished_model_with_card_and_record(smoke, run_dir, capsys):
+def test_export_writes_a_finished_model_with_card_and_record(quantized, run_dir, capsys):
     export.export(run_dir)
     record = helpers.records.check(run_dir / "merged", finished=True)
-    assert record["inputs"]["model"] == helpers.records.model_source(str(smoke / "quantized"))
+    assert record["inputs"]["model"] == helpers.records.model_source(str(quantized))
     assert record["inputs"]["adapter"] == helpers.records.model_source(str(run_dir / "adapter"))
     assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= record["files"].keys()
     card = ModelCard.load(run_dir / "merged/README.md")
@@ -157,11 +157,11 @@ def test_export_writes_a_finished_model_with_card_and_record(smoke, run_dir, cap
     assert float(printed["base alone"]) > 10 * float(printed["merged"])
 
 
-def test_the_exported_model_answers_like_base_and_adapter(smoke, run_dir):
+def test_the_exported_model_answers_like_base_and_adapter(quantized, run_dir):
     """In float32, but for the rounding of its weights to bf16: the first choice of base + adapter is its own, too."""
-    export.merge(str(smoke / "quantized"), run_dir / "adapter", run_dir / "merged")
+    export.merge(str(quantized), run_dir / "adapter", run_dir / "merged")
     load = partial(helpers.models.load, engine="transformers", max_seq_length=256, dtype="float32")
-    (trained, tokenizer), (alone, _) = load(str(smoke / "quantized")), load(str(smoke / "quantized"))
+    (trained, tokenizer), (alone, _) = load(str(quantized)), load(str(quantized))
     trained, (model, _) = helpers.models.load_adapter(trained, str(run_dir / "adapter")), load(str(run_dir / "merged"))
     gaps = {"merged": [], "base alone": []}
     for task in helpers.files.load_rows(ROOT / "data/sample/tasks.jsonl")[:5]:
@@ -173,11 +173,11 @@ def test_the_exported_model_answers_like_base_and_adapter(smoke, run_dir):
     assert max(gaps["merged"]) < 0.02 and min(gaps["base alone"]) > 0.2, gaps
 
 
-def test_another_model_in_the_place_of_the_merged_one_is_refused(smoke, run_dir):
+def test_another_model_in_the_place_of_the_merged_one_is_refused(quantized, run_dir):
     """As if merging had lost the adapter."""
-    export.merge(str(smoke / "quantized"), save_adapter(TINY, run_dir / "other", seed=7), run_dir / "merged")
+    export.merge(str(quantized), save_adapter(TINY, run_dir / "other", seed=7), run_dir / "merged")
     with pytest.raises(RecipeError, match="merged gives other logits than base \\+ adapter: use the adapter instead"):
-        export.distances(str(smoke / "quantized"), str(run_dir / "adapter"), run_dir / "merged")
+        export.distances(str(quantized), str(run_dir / "adapter"), run_dir / "merged")
 
 
 def test_an_export_without_a_finished_training_is_one_line(tmp_path):

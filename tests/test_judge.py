@@ -9,7 +9,6 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_notebooks import execute
 
 import helpers
 
@@ -363,20 +362,3 @@ def test_the_judge_is_reached_through_the_proxy_of_the_environment(serve, tmp_pa
     values = {"base_url": "http://judge.invalid/v1", "model": "judge-1", "key": "secret-key", "cache": tmp_path}
     assert helpers.judge.grade(TASKS[:1], ANSWERS[:1], **values)["grades"] == {0: 4}
     assert server.requests[0]["path"] == "http://judge.invalid/v1/chat/completions"
-
-
-@pytest.mark.parametrize(("references", "graded"), [(["420", None, ""], {"0": 4}), ([None, None, None], {})])
-def test_notebook_scores_the_tasks_with_a_reference(serve, smoke, tmp_path, monkeypatch, references, graded):
-    """The judge at work in notebook 04; a missing reference is no error, and the key is in no file."""
-    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
-    tasks = [{"task_id": i, "input": f"課題{i}", "output": text} for i, text in enumerate(references)]
-    helpers.files.write_jsonl(tmp_path / "tasks.jsonl", tasks)
-    values = {"tasks": str(tmp_path / "tasks.jsonl"), "model": str(smoke / "quantized"), "adapter": "none", "k": 1}
-    server = serve(GOOD)
-    execute("04_rag_inference", tmp_path / "run", **values, judge_base_url=server.url, judge_model="judge-1")
-    scores = json.loads((tmp_path / "run/scores.json").read_text(encoding="utf-8"))
-    assert (scores["tasks_with_reference"], scores["judge"]["grades"]) == (len(graded), graded)
-    assert [scored["chrf"] is not None for scored in scores["per_task"]] == [bool(text) for text in references]
-    assert scores["mean"]["characters"]["tasks"] == 3
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert not [path for path in files if b"secret-key" in path.read_bytes()]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,3 +101,18 @@ def test_the_readers_question_is_answered_with_and_without_shots(smoke):
     with_shots, without = said.removeprefix("With 3 shots:\n").split("Without shots:\n")
     assert with_shots.strip() and without.strip() and with_shots != without
     assert "<eos>" not in said and "### 質問" not in said
+
+
+def test_smoke_run_is_scored(smoke):
+    scores = json.loads((smoke / "scores.json").read_text(encoding="utf-8"))
+    tasks = helpers.files.load_tasks("data/sample/tasks.jsonl")
+    assert [row["task_id"] for row in scores["per_task"]] == [row["task_id"] for row in tasks]
+    assert all(0 < row["nll"] < 10 and 0 <= row["chrf"] < 100 for row in scores["per_task"])
+    assert scores["judge"] is None
+    assert {copy["task_id"] for copy in scores["near_duplicates"]} < {row["task_id"] for row in tasks}
+
+
+def test_the_card_names_base_and_data(smoke):
+    card = ModelCard.load(smoke / "adapter" / "README.md")
+    assert card.data.base_model == "data/tiny/gemma2"
+    assert "data/sample/magpie.jsonl" in card.text and "data/sample/qa.jsonl" in card.text

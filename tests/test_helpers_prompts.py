@@ -1,7 +1,5 @@
 """Section 4 of helpers.py: prompts, shots, banned words, submission; and tasks."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,24 +61,6 @@ def test_banned_words_are_the_eight_of_2024():
 )
 def test_clean_answer(text, answer):
     assert helpers.clean_answer(text) == answer
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def test_read_tasks_refuses_a_repeated_id(tmp_path):
-    rows = [{"task_id": i, "input": "x"} for i in (0, 1, 0)]
-    with pytest.raises(RecipeError, match=r"tasks\.jsonl, line 3 repeats task_id 0 of .*tasks\.jsonl, line 1"):
-        helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", rows))
-
-
-def test_read_tasks_needs_an_input_and_counts_where_there_is_no_id(tmp_path):
-    with pytest.raises(RecipeError, match=r"line 2: no question found; its columns are \['task_id'\]"):
-        helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"task_id": 1}]))
-    tasks = helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"input": "y"}]))
-    assert [task["task_id"] for task in tasks] == [0, 1]
 
 
 def test_submission_is_in_the_order_of_the_tasks():
