@@ -27,7 +27,11 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 def pytest_collection_modifyitems(items):
-    """What lies in tests/notebooks executes notebooks, and nothing else does: `pytest -m "not notebook"`."""
+    """What lies in tests/notebooks executes notebooks, and nothing else does: `pytest -m "not notebook"`.
+
+    First come the tests marked `plain_trl`, as long as no test has loaded unsloth.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("plain_trl") is None)
     for item in items:
         if item.path.parent.name == "notebooks":
             item.add_marker("notebook")

@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import yaml
 from conftest import ROOT
-from test_setup import repository  # noqa: F401, a fixture
 
 import helpers
 from helpers import RecipeError

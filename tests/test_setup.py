@@ -88,7 +88,7 @@ def test_an_environment_without_the_pins_gets_them_and_keeps_its_torch(tmp_path)
     """With real pip, from wheels made here: one package is missing, one is old, one goes; torch stays."""
     versions = {"torch": "2.9", "transformers": "1.0", "torchao": "0.10.0"}
     # The packages of this interpreter behind its own: an environment made from an environment would not see them.
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     python = tmp_path / "env/bin/python"
     (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (site / "behind.pth").write_text("\n".join(getsitepackages()))

@@ -41,7 +41,7 @@ def start(name, output_dir, smoke):
 
 def kill_when(process, reached):
     """kill -9 papermill and its kernel as soon as `reached()`."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1200
     while not reached():
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
