@@ -26,10 +26,14 @@ TASKS = [task["input"] for task in helpers.files.load_tasks("data/sample/tasks.j
 LONGEST = [40, 3, 17, 1, 30, 25]
 
 
-@pytest.fixture
-def model():
+def load_tiny():
     model = AutoModelForCausalLM.from_pretrained("data/tiny/gemma2", dtype=torch.float32, attn_implementation="eager")
     return model.eval()
+
+
+@pytest.fixture
+def model():
+    return load_tiny()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,13 @@ def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
     return answers
 
 
+@pytest.fixture(scope="module")
+def alone(prompts, process, stop):
+    """The answers to the prompts one by one, with and without the prompt under the penalty."""
+    model = load_tiny()
+    return {penalized: one_by_one(model, prompts, process, stop, penalized) for penalized in (True, False)}
+
+
 def answer(generate, model, prompts, longest, decoding):
     """The answers to `prompts` with lengths of at most `longest`, by index."""
     return dict(generate(model, prompts, longest.__getitem__, decoding))
@@ -79,12 +90,11 @@ def answer(generate, model, prompts, longest, decoding):
 
 @pytest.mark.parametrize("penalize_prompt", [True, False])
 @pytest.mark.parametrize("parallel", [1, 4, 6])
-def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop, parallel, penalize_prompt):
-    expected = one_by_one(model, prompts, process, stop, penalize_prompt)
+def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop, alone, parallel, penalize_prompt):
     for generate in (helpers.decoding.in_batches, helpers.slots.answer):
         decoding = helpers.decoding.Decoding(parallel, process, stop, penalize_prompt)
         found = answer(generate, model, prompts, LONGEST, decoding)
-        assert [found[i] for i in range(len(prompts))] == expected, generate.__name__
+        assert [found[i] for i in range(len(prompts))] == alone[penalize_prompt], generate.__name__
 
 
 def test_a_limit_of_the_models_own_says_nothing_and_changes_nothing(model, prompts, process, stop, caplog, monkeypatch):
@@ -111,11 +121,11 @@ class SmallGpu:
         return self.model.generate(ids, **options)
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(model, prompts, process, stop):
+def test_out_of_memory_halves_the_batch_and_loses_nothing(model, prompts, process, stop, alone):
     small = SmallGpu(model)
     decoding = helpers.decoding.Decoding(6, process, stop, penalize_prompt=False)
     found = answer(helpers.decoding.in_batches, small, prompts, LONGEST, decoding)
-    assert [found[i] for i in range(6)] == one_by_one(model, prompts, process, stop, False)
+    assert [found[i] for i in range(6)] == alone[False]
     assert small.calls == [6, 3, 1, 1, 1, 1, 1, 1]
 
 
