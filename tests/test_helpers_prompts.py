@@ -33,13 +33,8 @@ def test_prompt_is_that_of_2024():
     style=st.sampled_from(["2024", "training"]),
 )
 def test_fit_shots_drops_the_least_similar_and_cuts_nothing(task, shots, budget, style):
-<<<<<<< HEAD
-    def to_ids(instruction, shown):
-        return [*map(ord, helpers.build_prompt(instruction, shown, style))]
-=======
     def to_ids(question, shown):
         return [*map(ord, helpers.build_prompt(question, shown, style))]
->>>>>>> tests
 
     ids, number = helpers.fit_shots(task, shots, to_ids, budget)
     assert ids == to_ids(task, shots[:number])
