@@ -58,7 +58,7 @@ class Hub(BaseHTTPRequestHandler):
         if card is None:
             card = yaml.safe_load(files.get("README.md", b"---\n{}\n---").split(b"---")[1])
         siblings = [{"rfilename": path} for path in files]
-        info = {"id": name, "sha": SHA, "private": False, "tags": [], "siblings": siblings, "cardData": card}
+        info = {"id": name, "sha": SHA, "private": True, "tags": [], "siblings": siblings, "cardData": card}
         return self.answer(info)
 
     do_HEAD = do_GET
