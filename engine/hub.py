@@ -81,8 +81,9 @@ def find_model(name: str, revision: str = "") -> str:
     except Exception as error:
         problem = f"no such folder, and the hub cannot be reached ({first_line(error)})"
     else:
-        refuse_code(name, info.sha, [file.rfilename for file in info.siblings or ()])
-        return info.sha
+        commit = check_commit(name, info.sha)
+        refuse_code(name, commit, [file.rfilename for file in info.siblings or ()])
+        return commit
     raise RecipeError(f"{name}: {problem}")
 
 
@@ -125,7 +126,14 @@ def refuse_auto_map(name: str, config: Any, file: str = "config.json") -> None:
 
 def find_dataset(name: str, revision: str = "") -> str:
     """The commit of a hub data set; raises what the hub's client raises."""
-    return HfApi().dataset_info(name, revision=revision or None, timeout=20).sha or ""
+    return check_commit(name, HfApi().dataset_info(name, revision=revision or None, timeout=20).sha)
+
+
+def check_commit(name: str, commit: Any) -> str:
+    """The commit that the hub names; RecipeError if it is none: it becomes a part of paths on this machine."""
+    if not (isinstance(commit, str) and re.fullmatch("[0-9a-f]{40,64}", commit)):
+        raise RecipeError(f"{name}: the hub names no commit; check the address HF_ENDPOINT")
+    return commit
 
 
 def fetch(name: str, file: str, commit: str, kind: str = "model") -> Path | None:
@@ -135,7 +143,10 @@ def fetch(name: str, file: str, commit: str, kind: str = "model") -> Path | None
     """
     with one_line(f"{name}: {file} cannot be fetched from the hub"):
         try:
-            return Path(hf_hub_download(name, file, repo_type=kind, revision=commit or None))
+            path = Path(hf_hub_download(name, file, repo_type=kind, revision=commit or None))
+            if not path.is_file():
+                raise OSError("what came is no file")
+            return path
         except LocalEntryNotFoundError:  # the network is at fault, although it is an EntryNotFoundError, too
             raise
         except EntryNotFoundError:
@@ -176,8 +187,9 @@ def hashes(name: str, commit: str, names: Collection[str] | None = None, kind: s
     found = {file.rfilename: file.lfs for file in info.siblings or ()}
     left_out = re.compile(r"(^|/)(\.|(record\.json|readme\.md)$)", re.IGNORECASE)
     wanted = [file for file in found if (file in names if names is not None else not left_out.search(file))]
-    fetched = {file: fetch(name, file, commit, kind) for file in wanted if not found[file]}
-    return {file: files.sha256(fetched[file]) if fetched.get(file) else found[file].sha256 for file in wanted}
+    large = {file: found[file].sha256 for file in wanted if found[file]}
+    small = {file: fetch(name, file, commit, kind) for file in wanted if file not in large}
+    return large | {file: files.sha256(path) for file, path in small.items() if path}
 
 
 def card_licence(name: str, commit: str, kind: str = "model") -> dict[str, str]:
