@@ -2,6 +2,7 @@
 outside the folder changes. The environment variable EXAMPLES sets how many of each kind are tried.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
 SOURCE = {"name": "base", "commit": "", "sha256": "1", "inputs": {}}
 RECORD = {"stage": "03_sft", "inputs": {"model": SOURCE}, "settings": {"r": 8}, "versions": {"trl": "1"}}
-RECORD |= {"files": {"weights": "0"}, "measured": {"seconds": 1.0}, "parallel": 4}
+RECORD |= {"files": {"weights": hashlib.sha256(b"w").hexdigest()}, "measured": {"seconds": 1.0}, "parallel": 4}
 ROW = {"task_id": 1, "key": "a", "output": "x", "new_tokens": 3, "cut": False, "limit": 8, "seconds": 0.1, "attempt": 1}
 
 
