@@ -79,7 +79,7 @@ def pretend(capability: str) -> None:
     triton.runtime.driver.set_active(driver)
 
 
-def render(width: int, backward: bool, options: dict) -> str:
+def render(width: int, backward: bool, options: dict) -> str:  # noqa: PLR0915
     """The code that torch's compiler writes for flex attention with a cap of 50, texts end to end and a window."""
     import torch
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
@@ -121,9 +121,8 @@ def render(width: int, backward: bool, options: dict) -> str:
         return node
 
     blocks = -(-TOKENS // 128)
-    query, key, value = (
-        tensor(name, 1, heads, TOKENS, width) for name, heads in zip("qkv", (HEADS, KEY_HEADS, KEY_HEADS))
-    )
+    numbers = {"query": HEADS, "key": KEY_HEADS, "value": KEY_HEADS}
+    query, key, value = (tensor(name, 1, heads, TOKENS, width) for name, heads in numbers.items())
     states = [query, key, value]
     if backward:
         states += [tensor("out", 1, HEADS, TOKENS, width), tensor("lse", 1, HEADS, TOKENS, dtype=torch.float32)]
@@ -234,9 +233,8 @@ def main() -> None:
     import triton
 
     print(f"torch {torch.__version__}, Triton {triton.__version__}, bfloat16, cap of 50\n")
-    print(
-        "| card | allowed | heads | pass | torch's own options | bytes | ours | bytes |\n|---|---|---|---|---|---|---|---|"
-    )
+    header = ["card", "allowed", "heads", "pass", "torch's own options", "bytes", "ours", "bytes"]
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
     for capability, (names, allowed) in CARDS.items():
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}

@@ -11,7 +11,6 @@ from transformers import AttentionInterface
 
 from engine import attention, models
 from engine.decoding import Decoding, Model, apply_rules, in_batches
-from helpers import RecipeError
 
 
 def slot_attention(

@@ -209,11 +209,9 @@ def test_options_of_other_cards_give_the_outputs_and_gradients_of_text_by_text(
     draw, tokens = torch.Generator().manual_seed(0), position_ids.shape[1]
     states = [torch.randn(1, n, tokens, width, generator=draw).cuda() for n in (heads, key_heads, key_heads, heads)]
     found = []
-    for attend, dtype in (
-        (helpers.attention.text_by_text, torch.float32),
-        (helpers.attention.in_one_kernel, torch.bfloat16),
-    ):
-        query, key, value = (state.to(dtype).requires_grad_() for state in states[:3])
+    room = helpers.attention
+    for attend, dtype in ((room.text_by_text, torch.float32), (room.in_one_kernel, torch.bfloat16)):
+        query, key, value = (state.detach().to(dtype).requires_grad_() for state in states[:3])
         result = attend(query, key, value, position_ids, width**-0.5, softcap, 64)
         found.append([result, *torch.autograd.grad(result, (query, key, value), states[3].to(dtype))])
     for expected, here in zip(*found, strict=True):
