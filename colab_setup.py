@@ -121,47 +121,52 @@ def quiet_libraries() -> None:
         logging.getLogger(name).addFilter(lambda record: not any(note in record.getMessage() for note in notes))
 
 
+INPUTS = ("base_model", "dataset", "rules", "model", "train_data", "qa_data", "adapter", "tasks", "retriever")
+
+
 def find_beside_notebook(values: dict[str, Any]) -> None:
     """Let parameters that name a file or folder beside the notebook name it from the repository's root."""
-    for name in ("base_model", "dataset", "rules", "model", "train_data", "qa_data", "adapter", "tasks", "retriever"):
+    for name in INPUTS:
         value = values.get(name)
-        if isinstance(value, str) and value and not Path(value).exists() and (START / value).exists():
-            values[name] = os.path.relpath(START / value)
-            print(f"{name}: {values[name]}")
+        if not isinstance(value, str) or not value or Path(value).exists():
+            continue
+        for folder in (START, ROOT / "notebooks"):
+            if (folder / value).exists():
+                values[name] = os.path.relpath(folder / value)
+                print(f"{name}: {values[name]}")
+                break
 
 
-def missing_input(values: Mapping[str, Any], output_dir: str) -> str:
-    """What an earlier notebook writes, is not named otherwise and is not in `output_dir`, with what to do; else ""."""
+def missing_inputs(values: Mapping[str, Any], output_dir: str) -> str:
+    """All that is not there, in one line with what to do: what earlier notebooks write and no parameter names
+    otherwise, and a file of tasks; "" if nothing is missing.
+    """
     needs = {"model": ("quantized", 1), "adapter": ("adapter", 3)}
-    if (
-        "adapter" not in values
-    ):  # notebook 3; notebook 4 can do without the training rows, and knows the base of an adapter
+    if "adapter" not in values:  # notebook 3; notebook 4 can do without the training rows
         needs["train_data"] = ("filtered_magpie.jsonl", 2)
     elif values["adapter"] not in ("", "none"):
-        del needs["model"]
-    for name, (product, number) in needs.items():
-        path = Path(output_dir, product)
-        if values.get(name) == "" and not path.exists():
-            return (
-                f"{path} is not here. Run notebook {number} with the same output_dir first (on Colab, where each "
-                f"notebook opens a machine of its own, with the same drive_dir, too), or set {name} to the hub "
-                f"repository that notebook {number} pushed to, its hub_repo"
-            )
+        del needs["model"]  # notebook 4 knows the base of an adapter
+    missing = [
+        f"{Path(output_dir, product)} (notebook {number} writes it; or set {name} to the hub repository it pushed to)"
+        for name, (product, number) in needs.items()
+        if values.get(name) == "" and not Path(output_dir, product).exists()
+    ]
+    problem = ""
+    if missing:
+        problem = f"{' and '.join(missing)}: not here. Run first what writes it, with the same output_dir (on Colab, "
+        problem += "where each notebook opens a machine of its own, with the same drive_dir, too). "
     tasks = values.get("tasks", "")
     if tasks.endswith(".jsonl") and not Path(tasks).exists():
-        return (
-            f"tasks: {tasks} is not here. If it is the competition's file, which only participants have, put it beside "
-            'the notebook. To try the recipe, set tasks to "elyza/ELYZA-tasks-100": public tasks of the same kind, '
-            "with references. They are not the default, because the competition asked for answers to its own tasks"
-        )
-    return ""
+        problem += f"tasks: {tasks} is not here. If it is the competition's file, which only participants have, put it "
+        problem += 'beside the notebook, or set tasks to "elyza/ELYZA-tasks-100", public tasks of the same kind'
+    return problem.strip()
 
 
 def prepare(values: dict[str, Any]) -> ModuleType:
     """Return helpers.py, with the repository's root as the working directory and everything installed.
 
     `values` are the notebook's globals. Before anything is installed, the parameters among them are checked, and
-    RecipeError says what is missing and how to get it.
+    RecipeError says all that is missing and how to get it.
     """
     fetched = ROOT not in (Path.cwd(), *Path.cwd().parents)
     os.chdir(ROOT)
@@ -169,7 +174,7 @@ def prepare(values: dict[str, Any]) -> ModuleType:
     helpers.parameters.check(values)
     find_beside_notebook(values)
     output_dir = helpers.machine.place_outputs(values["output_dir"], values["drive_dir"])
-    if missing := missing_input(values, output_dir):
+    if missing := missing_inputs(values, output_dir):
         raise helpers.RecipeError(missing)
     if fetched:
         install()

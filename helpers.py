@@ -696,17 +696,16 @@ class Prompt(NamedTuple):
 def fit_shots(
     instruction: str,
     shots: Sequence[Mapping[str, str]],
-    to_ids: Callable[[str], list[int]],
+    to_ids: Callable[[str, Sequence[Mapping[str, str]]], list[int]],
     budget: int,
-    style: str,
 ) -> Prompt:
-    """The prompt with as many shots as fit into `budget` tokens; `to_ids` turns text into token ids.
+    """The prompt with as many shots as fit into `budget` tokens; `to_ids` makes token ids of a question and shots.
 
     The least similar shots go first; neither a shot nor the question is ever cut. A question that is too long on its
     own comes back without shots and over budget.
     """
     number = len(shots)
-    while len(ids := to_ids(build_prompt(instruction, shots[:number], style))) > budget and number:
+    while len(ids := to_ids(instruction, shots[:number])) > budget and number:
         number -= 1
     return Prompt(ids, number)
 
@@ -894,8 +893,8 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "checkpoints", "decoding", "files", "hub", "judge", "kept_layers", "lora", "machine")
-ROOMS += ("models", "parameters", "records", "reports", "retrieval", "slots", "training")
+ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "hub", "judge", "kept_layers", "lora")
+ROOMS += ("machine", "models", "parameters", "records", "reports", "retrieval", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
     from engine import answers, attention, checkpoints, decoding, files, hub, judge, kept_layers, lora  # noqa: F401

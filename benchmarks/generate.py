@@ -180,7 +180,7 @@ def slots(folder: str, tiny: bool, count: int, wanted: int, memory_gib: float) -
     def never(history, _scores):
         return torch.zeros(len(history), dtype=torch.bool, device=history.device)
 
-    decoding = helpers.answers.Decoding(number, process, never, penalize_prompt=True)
+    decoding = helpers.decoding.Decoding(number, process, never, penalize_prompt=True)
     started = time.time()
     warm_up = [prompts[0][:2048], prompts[0][:1000], prompts[0]]  # compiles
     list(helpers.slots.answer(model, warm_up, lambda _index: 3, decoding._replace(parallel=1)))

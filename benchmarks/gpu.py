@@ -241,7 +241,7 @@ def train(folder: str, name: str, steps: int) -> dict:
     kept = None
     if setting.get("padding_free"):  # as notebook 3 does
         helpers.lora.add_in_place(model)
-        kept = helpers.training.KeptLayers(trainer) if cuda else None
+        kept = helpers.kept_layers.KeptLayers(trainer) if cuda else None
 
     times: list[float] = []
 

@@ -35,7 +35,7 @@ from run_file import read_notebook  # noqa: E402
 STUDY = yaml.safe_load((ROOT / "data/runs/study/parts.yaml").read_text(encoding="utf-8"))
 ARMS, SEEDS = STUDY["arms"], STUDY["seeds"]
 MAGPIE = "llm-jp/magpie-sft-v1.0"
-OWN_WORDS = ("rows", "examples", "model", "export", "preferences", "against", "seeds")
+OWN_WORDS = ("rows", "needs_rows", "examples", "model", "export", "preferences", "against", "seeds")
 # Columns of the table: what is measured, how it is shown, and its better direction.
 MEASURES = {
     "nll_tasks": ("reference of a task, nats per character", -1),
@@ -69,6 +69,8 @@ def prepare(args: argparse.Namespace) -> None:
             settings += [f"dataset={args.dataset}", "dataset_revision="]
         run_series("02", [*settings, "02_filter_magpie.allow_licences=unknown"], folder / "log.txt", {})
         kept[name] = {row["id"]: row for row in helpers.files.load_rows(folder / "filtered_magpie.jsonl")}
+    for name, file in (text.split("=") for text in args.rows):
+        kept[name] = {row["id"]: row for row in helpers.files.load_rows(file)}
     tokenizer = helpers.models.load_tokenizer(args.model, "")
     limit = yaml.safe_load((ROOT / "data/runs/study/base.yaml").read_text("utf-8"))["03_sft"]["max_seq_length"]
 
@@ -366,6 +368,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/study"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="only these (see parts.yaml)")
+    parser.add_argument("--rows", nargs="*", default=[], metavar="NAME=FILE", help="rows that another filter has kept")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--tokens", type=int, default=STUDY["tokens"], help="of an epoch (parts.yaml)")
     parser.add_argument("--report", action="store_true", help="only table and picture, of benchmarks/study")
@@ -379,7 +382,9 @@ def main() -> None:
     runner = Runner(args)
     # First what others wait for and what takes longest, then one seed after the other: an early end leaves whole seeds.
     first = ["1 epoch", "base", "3 epochs", "preferences"]
-    chosen = [(arm, seed) for seed in args.seeds for arm in args.arms or ARMS if seed in ARMS[arm].get("seeds", SEEDS)]
+    given = {text.split("=")[0] for text in args.rows}
+    arms = args.arms or [arm for arm, values in ARMS.items() if "needs_rows" not in values or values["rows"] in given]
+    chosen = [(arm, seed) for seed in args.seeds for arm in arms if seed in ARMS[arm].get("seeds", SEEDS)]
     for arm, seed in sorted(chosen, key=lambda run: first.index(run[0]) if run[0] in first else len(first)):
         runner.start(arm, seed)
     failed = [name for name, future in runner.runs.items() if future.exception()]

@@ -57,6 +57,9 @@ SHAPES = {"9b": GEMMA_2_9B, "27b": gpu.GEMMA_2_27B, "tiny": gpu.TINY | {"vocab_s
 TOKENIZER = ROOT / "data/tiny/gemma2"
 STEP, HELD_OUT = 32, 0.03  # texts of a step; share of the texts that is only tested on
 CLOCK = '''
+import time
+
+import torch
 from transformers import TrainerCallback
 
 
@@ -73,7 +76,7 @@ class StepClock(TrainerCallback):
             self.rows.append(int((positions == 1).sum() + (positions > 0).sum()))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if gpu:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.time())
 
@@ -85,8 +88,6 @@ class StepClock(TrainerCallback):
             {"first_step": state.global_step - len(self.ends) + 1, "ends": self.ends, "tokens": tokens},
         )
 
-
-import time
 
 trainer.add_callback(StepClock())
 '''
@@ -185,8 +186,8 @@ def prepare(out: Path, name: str, options: argparse.Namespace) -> dict:
             return {"error": f"{command[0]} failed: {done.stderr[-2000:]}"}
     if notebook == "03_sft":
         script = (folder / "03.py").read_text(encoding="utf-8")
-        before, after = script.split("try:\n    helpers.training.run(")
-        (folder / "03.py").write_text(f"{before}{CLOCK}try:\n    helpers.training.run({after}", encoding="utf-8")
+        before, after = script.split("helpers.checkpoints.train(trainer")
+        (folder / "03.py").write_text(f"{before}{CLOCK}helpers.checkpoints.train(trainer{after}", encoding="utf-8")
     return {}
 
 

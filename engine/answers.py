@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import files, records
 from engine.decoding import Generate, Model
-from helpers import SHOT, RecipeError, clean_answer, digest, encode_within
+from helpers import SHOT, RecipeError, clean_answer, digest, encode, encode_within
 
 
 def check_tasks(
@@ -36,10 +36,10 @@ def check_tasks(
 
 
 def check_examples(
-    name: str, rows: Sequence[dict[str, str]], to_ids: Callable[[str], list[int]], budget: int, k: int
+    name: str, rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, budget: int, k: int
 ) -> list[dict[str, str]]:
     """The examples (instruction, response) that fit into a prompt of `budget` tokens; RecipeError if none does."""
-    fitting = [row for row in rows if len(to_ids(SHOT.format(**row))) <= budget]
+    fitting = [row for row in rows if len(encode(tokenizer, SHOT.format(**row)).ids) <= budget]
     print(f"{len(fitting)} of {len(rows)} examples fit into max_seq_length - max_new_tokens = {budget:,} tokens")
     if k and not fitting:
         raise RecipeError(f"{name}: no example fits: raise max_seq_length or lower max_new_tokens")

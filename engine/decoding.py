@@ -43,7 +43,7 @@ def token_rules(
     tokenizer: PreTrainedTokenizerBase, ends: list[int], repetition_penalty: float, banned: Sequence[str], stop: str
 ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
     """The rules that change the scores of the next token, and those that end an answer: at an end token (their ids are
-    `ends`) or at the text `stop`.
+    `ends`) or at the text `stop`, if it is not empty.
 
     A banned string is forbidden both as a beginning and within a text, where some tokenizers spell it otherwise.
     """
@@ -52,7 +52,8 @@ def token_rules(
         banned_ids = [tokenizer.encode(word, add_special_tokens=False) for word in banned]
         banned_ids += [encode_within(tokenizer, word) for word in banned]
         rules.append(NoBadWordsLogitsProcessor(banned_ids, eos_token_id=ends))
-    return rules, StoppingCriteriaList([EosTokenCriteria(ends), StopStringCriteria(tokenizer, stop)])
+    stops = [EosTokenCriteria(ends)] + ([StopStringCriteria(tokenizer, stop)] if stop else [])
+    return rules, StoppingCriteriaList(stops)
 
 
 def apply_rules(process: Rules, history: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,7 @@ def first_gradients(model: PeftModel, ids: Sequence[int]) -> list[dict[str, Any]
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     frozen = frozen_weight(layer, torch.float32)
     rows = [{"matrix": f"W, {name.rpartition('.')[2]}", "shape": tuple(frozen.shape), "norm": frozen.norm().item()}]
+    rows[0]["norm of the gradient"] = "frozen"
     for matrix, weight in (("A", a), ("B", b)):
         norms = {"norm": weight.norm().item(), "norm of the gradient": weight.grad.norm().item()}
         rows.append({"matrix": matrix, "shape": tuple(weight.shape)} | norms)

@@ -41,7 +41,8 @@ ALLOWED: dict[str, list | range | tuple[float, float] | Text] = {
     "engine": ["transformers", "unsloth"],
     "quant_type": ["nf4", "fp4"],
     "loss_on": ["text", "answer"],
-    "prompt_style": ["2024", "training"],
+    "prompt_style": ["2024", "training", "chat"],
+    "text_format": ["2024", "chat"],
     **dict.fromkeys(("double_quant", "penalize_prompt", "ban_words"), SWITCH),
 }
 

@@ -1,5 +1,6 @@
 """Attention that skips padding and attention over slots: the same numbers as transformers' eager attention."""
 
+import families
 import pytest
 import torch
 from torch._inductor.exc import InductorError
@@ -7,9 +8,6 @@ from transformers import (
     AttentionInterface,
     Gemma2Config,
     Gemma2ForCausalLM,
-    LogitsProcessorList,
-    NoBadWordsLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
 )
 
 import helpers
@@ -76,31 +74,37 @@ def test_attention_refuses_what_it_does_not_know(arguments):
     helpers.attention.refuse_arguments(harmless | {"attention_mask": None})
 
 
-@pytest.mark.parametrize("slots", [1, 3, 6])
-@pytest.mark.parametrize("penalize_prompt", [True, False])
-def test_slots_answer_like_generate_one_by_one(model, slots, penalize_prompt):
-    """Prompts and answers longer than the window, slots taken over again and again: the tokens of generate()."""
-    prompts = [torch.randint(4, 512, (length,)).tolist() for length in (5, 40, 17, 33, 9, 25)]
-    lengths = [12, 20, 3, 30, 1, 8]
+def test_rounding_in_16_bit_is_told_from_a_wrong_mask(tmp_path):
+    """A row in which the second text sees the first gives other scores only at the second text's first tokens."""
+    checkpoint = families.make_checkpoint("mistral", tmp_path)
+    model, tokenizer = helpers.models.load(str(checkpoint), "transformers", max_seq_length=512)
+    texts = [torch.tensor([helpers.encode(tokenizer, prompt).ids[:200]]) for prompt in families.PROMPTS[:2]]
+    row, positions = torch.cat(texts, dim=1), torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(text).logits for text in texts], dim=1)
+        mixed = model(row, attention_mask=torch.ones_like(row), position_ids=positions).logits
+    assert helpers.attention.scores_agree(alone * 1.01, alone)
+    assert not helpers.attention.scores_agree(mixed, alone)
+    assert not helpers.attention.scores_agree(mixed * torch.nan, alone)
 
-    def processors(ignored=None):
-        return LogitsProcessorList(
-            [
-                RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=ignored),
-                NoBadWordsLogitsProcessor([[7], [8, 9], [100, 200]], eos_token_id=None),
-            ]
-        )
 
-    model.generation_config.pad_token_id = 0
-    expected = {}
-    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        process = processors(None if penalize_prompt else len(prompt))
-        options = {"do_sample": False, "eos_token_id": None, "logits_processor": process}
-        answer = model.generate(torch.tensor([prompt]), max_new_tokens=length, **options)[0]
-        expected[index] = answer[len(prompt) :].tolist()
-    never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
-    decoding = helpers.answers.Decoding(helpers.slots.answer, slots, processors(), never, penalize_prompt)
-    assert dict(helpers.slots.answer(model, prompts, lengths.__getitem__, decoding)) == expected
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("heads, key_heads, width", [(4, 1, 256), (8, 4, 128)])  # Gemma 3 270M, a larger one
+def test_rows_of_any_length_on_a_gpu_give_the_attention_of_the_cpu(heads, key_heads, width, softcap):
+    for lengths in ([1], [5], [100], [127], [128], [9, 60], [150, 9, 170]):
+        tokens, draw = sum(lengths), torch.Generator().manual_seed(0)
+        states = [torch.randn(1, n, tokens, width, generator=draw) for n in (heads, key_heads, key_heads)]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        found = [attention_of(states, positions, softcap, device) for device in ("cpu", "cuda")]
+        torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+
+
+def attention_of(states, positions, softcap, device):
+    query, key, value = (state.to(device) for state in states)
+    options = {"scaling": query.shape[3] ** -0.5, "softcap": softcap, "sliding_window": 64}
+    options |= {"position_ids": positions.to(device)}
+    return helpers.attention.packed(None, query, key, value, None, **options)[0].cpu()
 
 
 def too_large(*_):

@@ -1,0 +1,198 @@
+"""Conversations in a model's own chat format: text, token ids, labels and prompts.
+
+The text is what the tokenizer's chat template makes of the turns. What the loss counts is found by token, so a template
+needs no marks for it: of every answer the tokens from the place where the model goes on to the end of its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine import files, models
+from helpers import Example, RecipeError, check_text, encode, parse_row, read_pair
+
+Turns = Sequence[Mapping[str, str]]  # role ("system", "user" or "assistant") and content
+
+
+def load(name: str, revision: str = "") -> list[Turns]:
+    """The conversations of a data set, whatever its form; RecipeError names the row that holds none, or no text."""
+    chats = []
+    for place, row in files.read_rows(name, revision):
+        parsed = parse_row(row)
+        read_pair(place, parsed)  # says what is wrong with it
+        texts = [{"role": turn["role"], "content": turn.get("content")} for turn in parsed.turns]
+        for number, turn in enumerate(texts, start=1):
+            turn["content"] = check_text(f"{place}: turn {number}", turn["content"], or_number=True)
+        chats.append(texts)
+    return chats
+
+
+def tidy(turns: Turns) -> list[dict[str, str]]:
+    """Turns as chat templates take them: a system text, then user and assistant in turn.
+
+    What the assistant says before the first question is dropped, and so is a question without an answer at the end;
+    turns of the same role in a row are joined by an empty line. Other roles raise RecipeError.
+    """
+    tidied: list[dict[str, str]] = []
+    for turn in turns:
+        role, content = turn["role"], turn["content"]
+        if role not in ("system", "user", "assistant"):
+            raise RecipeError(f"it holds a turn of the role {role!r}")
+        if role == "assistant" and not any(before["role"] == "user" for before in tidied):
+            continue
+        if tidied and tidied[-1]["role"] == role:
+            tidied[-1]["content"] += f"\n\n{content}"
+        else:
+            tidied.append({"role": role, "content": content})
+    while tidied and tidied[-1]["role"] != "assistant":
+        tidied.pop()
+    if not tidied:
+        raise RecipeError("it holds no answer to a question")
+    return tidied
+
+
+def without_system(turns: Turns) -> list[dict[str, str]]:
+    """The turns with a system text put before the first question, for templates that refuse one."""
+    if turns[0]["role"] != "system":
+        return list(map(dict, turns))
+    (system, question), rest = turns[:2], turns[2:]
+    return [{"role": "user", "content": f"{system['content']}\n\n{question['content']}"}, *map(dict, rest)]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, answer_follows: bool = False) -> str:
+    """The text of turns; with `answer_follows` up to where the model goes on. Thinking is switched off."""
+    options = {"tokenize": False, "add_generation_prompt": answer_follows, "enable_thinking": False}
+    return tokenizer.apply_chat_template(list(turns), **options)
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Make a tokenizer's chat template ready for training and answering; returns whether it takes a system text.
+
+    White space around the template, which would become text, is dropped. RecipeError without a template.
+    """
+    if not tokenizer.chat_template:
+        raise RecipeError('the tokenizer has no chat template: set text_format = "2024", or name another model')
+    tokenizer.chat_template = tokenizer.chat_template.strip()
+    try:
+        turns = [{"role": "system", "content": "印システム印"}, {"role": "user", "content": "こんにちは"}]
+        return "印システム印" in render(tokenizer, turns)
+    except TemplateError:
+        return False
+
+
+def load_tokenizer(sources: Mapping[str, Mapping[str, Any]]) -> PreTrainedTokenizerBase:
+    """The tokenizer, with its chat template, of the adapter of these `sources` (see `records.find_models`), or of the
+    model where there is no adapter or none was saved with it.
+    """
+    for source in (sources.get("adapter"), sources["model"]):
+        with suppress(RecipeError):
+            if source:
+                tokenizer = models.load_tokenizer(source["name"], source["commit"])
+                break
+    else:
+        raise RecipeError(f"{sources['model']['name']}: its tokenizer cannot be used")
+    prepare(tokenizer)
+    return tokenizer
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The texts of all control tokens, such as <eos> or <start_of_turn>."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def to_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """The token ids of a rendered text, as a server reads it, and where each begins; with the one <bos> in front if the
+    tokenizer has one and the template does not write it.
+    """
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, starts = found["input_ids"], [start for start, _ in found["offset_mapping"]]
+    begin = encode(tokenizer, "").ids
+    return (ids, starts) if ids[: len(begin)] == begin else (begin + ids, [0] * len(begin) + starts)
+
+
+def example(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: bool = True) -> Example:
+    """A conversation as the trainer gets it: all its turns, with a loss on every answer and the end of its turn.
+
+    Without `system` a system text goes before the first question. RecipeError says why a conversation cannot be used.
+    """
+    turns = tidy(turns) if system else without_system(tidy(turns))
+    controls = control_tokens(tokenizer)
+    for number, turn in enumerate(turns, start=1):
+        if held := next((token for token in controls if token in turn["content"]), ""):
+            raise RecipeError(f"turn {number} holds the control token {held}, which would end or begin a turn")
+    try:
+        text = render(tokenizer, turns)
+        ends = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+        spans = [(render(tokenizer, turns[:n], True), render(tokenizer, turns[: n + 1])) for n in ends]
+    except TemplateError as error:
+        raise RecipeError(f"the chat template refuses it ({error})") from None
+    place = 0
+    for number, turn in enumerate(turns, start=1):
+        place = text.find(turn["content"].strip(), place)
+        if place < 0:
+            raise RecipeError(f"the chat template drops or changes the text of turn {number}")
+        place += len(turn["content"].strip())
+    if not all(text.startswith(before) and text.startswith(after) for before, after in spans):
+        raise RecipeError("the chat template writes earlier turns otherwise once others follow")
+    ids, starts = to_ids(tokenizer, text)
+    special, labels = set(tokenizer.convert_tokens_to_ids(sorted(controls))), [-100] * len(ids)
+    for before, after in spans:
+        inside = [n for n, start in enumerate(starts) if len(before) <= start < len(after)]
+        last = max((n for n in inside if ids[n] in special), default=None)
+        if last is None:
+            raise RecipeError("the chat template puts no end token behind an answer")
+        labels[inside[0] : last + 1] = ids[inside[0] : last + 1]
+    if ids.count(tokenizer.bos_token_id) > 1:
+        raise RecipeError("it holds a second <bos>")
+    return Example(text, ids, labels, sum(start < len(spans[0][0]) for start in starts))
+
+
+def examples(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Turns]) -> tuple[list[Example], dict[int, str]]:
+    """The conversations that can be trained on, and by number (from 0) why others cannot; RecipeError if none can."""
+    system, found, problems = prepare(tokenizer), [], {}
+    folded = sum(not system and any(turn["role"] == "system" for turn in turns) for turns in chats)
+    if folded:
+        print(f"{folded:,} system texts stand before the first question, because the chat template refuses them")
+    for number, turns in enumerate(tqdm(chats, unit="conversation", mininterval=1)):
+        try:
+            found.append(example(tokenizer, turns, system))
+        except RecipeError as error:
+            problems[number] = str(error)
+    if not found:
+        raise RecipeError(f"no conversation can be trained on; the first one: {next(iter(problems.values()), 'none')}")
+    return found, problems
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, shots: Sequence[Mapping[str, str]]) -> list[int]:
+    """The ids of a question in the chat format; `shots` (instruction, response) are earlier turns, the first one, the
+    most similar, next to the question. Control tokens that a text speaks of are written without their first sign.
+    """
+    turns = []
+    for shot in reversed(list(shots)):
+        turns += [{"role": "user", "content": shot["instruction"]}, {"role": "assistant", "content": shot["response"]}]
+    turns.append({"role": "user", "content": instruction})
+    for turn in turns:
+        for token in control_tokens(tokenizer):
+            turn["content"] = turn["content"].replace(token, token[1:])
+    try:
+        return to_ids(tokenizer, render(tokenizer, turns, True))[0]
+    except TemplateError as error:
+        raise RecipeError(f'prompt_style = "chat": the chat template refuses {len(turns)} turns ({error})') from None
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token with which the chat template ends an answer."""
+    turns = [{"role": "user", "content": "山"}, {"role": "assistant", "content": "川"}]
+    return [label for label in example(tokenizer, turns).labels if label != -100][-1]
+
+
+def end_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model's answers end at the end of a turn, too."""
+    config: Any = model.generation_config
+    config.eos_token_id = sorted({*config.eos_token_id, end_of_turn(tokenizer)})
