@@ -88,11 +88,12 @@ def render(width: int, backward: bool, options: dict) -> str:  # noqa: PLR0915
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
-    from torch._subclasses import FakeTensorMode
+    from torch._subclasses import FakeTensorMode, fake_tensor
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     async_compile.AsyncCompile.triton = lambda *_, **__: None  # nothing is to be compiled for this machine
+    fake_tensor.init_gpu_context = lambda _: None  # a CUDA build would look for its driver
     config.compile_threads, config.triton.autotune_at_compile_time = 1, False
     score, index = torch.zeros(()), torch.zeros((), dtype=torch.int32)
     text, window = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
