@@ -179,9 +179,10 @@ def kernel_options(width: int, shared_memory: int) -> dict[str, Any]:
     if width <= 256:  # fits an A10, L4 and G4, too, and is faster than torch's own on an H200
         blocks = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
         return options | {"fwd_num_stages": 2, **blocks, "bwd_num_stages": 2}
+    options["fwd_num_stages"] = 2  # with torch's own three not even an H200 has enough
     if shared_memory < 136 * 1024:  # A10, L4, G4
-        return options | {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 2}
-    return options | {"fwd_num_stages": 2} if shared_memory < 200 * 1024 else options  # A100; H100, H200
+        options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32}
+    return options
 
 
 @lru_cache(maxsize=4)
