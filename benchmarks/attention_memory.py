@@ -134,7 +134,8 @@ def render(width: int, backward: bool, options: dict) -> str:  # noqa: PLR0915
         table.append(tensor(f"{name}_index", 1, 1, blocks, blocks, dtype=torch.int32))
     captured = tensor("text", TOKENS, dtype=torch.int64), tensor("window", dtype=torch.int64)
     cap, slope_of, mask = (graph.get_attr(name) for name in ("cap", "slope", "seen"))
-    mask = (TOKENS, TOKENS, *table, None, None, None, False, 128, 128, mask)
+    newer = () if torch.__version__ < "2.12" else (None, None, None, False)
+    mask = (TOKENS, TOKENS, *table, *newer, 128, 128, mask)
     results = [states[0].meta["val"], key.meta["val"], value.meta["val"], ()]
     if backward:
         node = graph.call_function(
