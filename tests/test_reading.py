@@ -17,18 +17,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_cell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -192,6 +189,10 @@ def write(folder, name, data):
     return str(path)
 
 
+def parsed(rows):
+    return list(map(helpers.parse_row, rows))
+
+
 def refusal(function, *arguments):
     """The message of a RecipeError: one line of a reasonable length."""
     with pytest.raises(RecipeError) as error:
@@ -210,11 +211,11 @@ def test_every_known_form_is_read_for_training_for_shots_and_as_tasks(tmp_path, 
     path = write(tmp_path, "a.jsonl", lines(rows))
     pairs = helpers.files.load_pairs(path)
     assert "3 rows read as " in capsys.readouterr().out
-    assert [pair["output"] for pair in pairs] == [ANSWER] * 3
-    assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
+    assert [pair["response"] for pair in pairs] == [ANSWER] * 3
+    assert [pair["instruction"].replace("\n", "") for pair in pairs] == QUESTIONS
     tasks = helpers.files.load_tasks(path)
     assert [(task["task_id"], task["input"], task["output"]) for task in tasks] == [
-        (n, pair["input"], ANSWER) for n, pair in enumerate(pairs)
+        (n, pair["instruction"], ANSWER) for n, pair in enumerate(pairs)
     ]
 
 
@@ -222,7 +223,7 @@ def test_every_known_form_is_read_for_training_for_shots_and_as_tasks(tmp_path, 
 @pytest.mark.parametrize("rules", ["2024", "reviewed"])
 def test_every_known_form_is_filtered_and_trained_on(tmp_path, form, rules):
     rows = [FORMS[form](question) for question in QUESTIONS]
-    loaded = helpers.files.load_rows(write(tmp_path, "a.jsonl", lines(rows)))
+    loaded = parsed(helpers.files.load_rows(write(tmp_path, "a.jsonl", lines(rows))))
     helpers.files.check_forms("a.jsonl", loaded)
     filter_rules = helpers.files.load_rules(f"data/filter_rules_{rules}.json")
     lenient = replace(filter_rules, rare_below=0, rare_after_below=0)
@@ -231,8 +232,8 @@ def test_every_known_form_is_filtered_and_trained_on(tmp_path, form, rules):
     assert all(row["conversations"][-1].get("role") == "assistant" for row in kept)
     helpers.files.write_jsonl(tmp_path / "kept.jsonl", kept)
     pairs = helpers.files.load_pairs(str(tmp_path / "kept.jsonl"))
-    assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
-    assert [pair["output"] for pair in pairs] == [ANSWER] * 3
+    assert [pair["instruction"].replace("\n", "") for pair in pairs] == QUESTIONS
+    assert [pair["response"] for pair in pairs] == [ANSWER] * 3
     if form == "magpie":  # the row as it is, and two more columns
         assert kept == [row | {"instruction": q, "response": ANSWER} for row, q in zip(rows, QUESTIONS, strict=True)]
 
@@ -242,12 +243,12 @@ def test_unknown_forms_stop_at_once_with_row_and_columns(tmp_path, kind):
     row, said = UNKNOWN[kind]
     path = write(tmp_path, "a.jsonl", lines([row] * 3))
     assert (message := refusal(helpers.files.load_pairs, path)).startswith(f"{path}, line 1: ") and said in message
-    message = refusal(helpers.files.check_forms, "a.jsonl", helpers.files.load_rows(path))
+    message = refusal(helpers.files.check_forms, "a.jsonl", parsed(helpers.files.load_rows(path)))
     assert message.startswith("3 of 3 rows cannot be used. The first one: a.jsonl, row 1: ")
 
 
 def test_a_few_malformed_rows_do_not_stop_the_filter(capsys):
-    good, bad = FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}
+    good, bad = parsed([FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}])
     helpers.files.check_forms("a", [good, bad, good, bad])
     assert "2 rows read as conversations" in (said := capsys.readouterr().out)
     assert "2 rows cannot be used. The first one: a, row 2: " in said
@@ -262,8 +263,8 @@ def test_columns_that_are_null_do_not_hide_the_form_of_a_row(tmp_path):
         {"conversations": turns(question), "instruction": None, "input": None, "output": None},
     ]
     for pair in helpers.files.load_pairs(write(tmp_path, "a.parquet", parquet(rows))):
-        assert (pair["input"].replace("\n", ""), pair["output"]) == (question, ANSWER)
-    kept, _, _ = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+        assert (pair["instruction"].replace("\n", ""), pair["response"]) == (question, ANSWER)
+    kept, _, _ = helpers.filter_rows(parsed(rows), helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
     assert [row["instruction"].replace("\n", "") for row in kept] == [question] * 2
 
 
@@ -388,7 +389,7 @@ NO_TEXT = {"null": None, "a number": 5, "true or false": True, "a list": ["a"], 
 def test_what_is_no_text_is_refused_by_file_row_and_key(tmp_path, key, kind):
     path = write(tmp_path, "qa.jsonl", lines([ROW, ROW | {key: NO_TEXT[kind]}]))
     if (key, kind) == ("output", "a number"):
-        assert helpers.files.load_pairs(path)[1] == {"input": "山は？", "output": "5"}
+        assert helpers.files.load_pairs(path)[1] == {"instruction": "山は？", "response": "5"}
     else:
         message = refusal(helpers.files.load_pairs, path)
         assert message.startswith(f"{path}, line 2: ") and f"{key}) is {kind}, expected text" in message
@@ -510,7 +511,7 @@ def test_parquet_values_survive_the_filter(tmp_path):
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     rows = helpers.files.load_rows(tmp_path / "a.parquet")
-    kept, dropped, report = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+    kept, dropped, report = helpers.filter_rows(parsed(rows), helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
     helpers.files.save_filtered(tmp_path, kept, dropped, report)
     (row,), (record,) = (helpers.files.load_rows(tmp_path / f"{name}_magpie.jsonl") for name in ("filtered", "dropped"))
     values = {"n": 2**60 + 1, "x": 0.1, "b": "/wA=", "day": "2026-01-02", "d": "1.20"}
@@ -546,7 +547,7 @@ def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
     switches = {field.name: reviewed for field in fields(helpers.FilterRules) if field.default is False}
     rules = helpers.FilterRules((("山", "丘"),), ("海",), rare_below=0, rare_after_below=2, **switches)
     before = helpers.files.json_text(rows)
-    helpers.files.save_filtered(tmp_path, *helpers.filter_rows(rows, rules))
+    helpers.files.save_filtered(tmp_path, *helpers.filter_rows(parsed(rows), rules))
     assert helpers.files.json_text(rows) == before
     counts = {}
     for name in ("filtered", "dropped"):
@@ -557,61 +558,6 @@ def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
         assert record["row"] == json.loads(helpers.files.json_text(rows[record["number"] - 1]))
     for row in counts["filtered"]:
         assert isinstance(row["conversations"], list) and row["instruction"] and row["response"]
-
-
-# --- the window -----------------------------------------------------------------------------------------------------
-
-
-TINY = "data/tiny/gemma2"
-
-
-@pytest.mark.parametrize("loss_on", ["text", "answer"])
-def test_training_texts_beyond_the_window_are_listed_with_what_happens_to_them(loss_on):
-    """One text fits, of one the answer is cut, and of one the question alone fills the window."""
-    texts = [("山は？", "富士山"), ("山は？", ANSWER * 50), (QUESTIONS[0] * 50, "富士山")]
-    pairs = [{"instruction": question, "response": answer} for question, answer in texts]
-    values = {"helpers": helpers, "pd": pd, "tokenizer": helpers.models.load_tokenizer(TINY), "max_seq_length": 256}
-    values |= {"pairs": pairs, "filtered": pairs[:2], "qa": pairs[2:], "train_file": "a.jsonl", "qa_data": "b.jsonl"}
-    left = run_cell("03_sft", "window", **run_cell("03_sft", "tokenize", **values, loss_on=loss_on))
-    assert len(left["train_rows"]) == (2 if loss_on == "answer" else 3)
-    assert [row[:2] for row in left["too_long"]] == [["a.jsonl", 2], ["b.jsonl", 1]]
-    assert [row[4] for row in left["too_long"]] == ["cut", "left out" if loss_on == "answer" else "cut"]
-    assert [row[3] >= 256 for row in left["too_long"]] == [False, True]
-    assert all(row[2] > 256 for row in left["too_long"])
-    assert all(len(row["input_ids"]) == len(row["labels"]) <= 256 for row in left["train_rows"])
-    assert all(any(label != -100 for label in row["labels"]) for row in left["train_rows"])
-    if loss_on == "answer":
-        values |= {"pairs": pairs[2:], "filtered": [], "loss_on": loss_on}
-        alone = run_cell("03_sft", "tokenize", **values)
-        assert "raise max_seq_length = 256" in refusal(lambda: run_cell("03_sft", "window", **alone))
-
-
-def window_of_04(task_texts, answers=("富士山",), **values):
-    tasks = [{"task_id": f"問{n}", "input": text} for n, text in enumerate(task_texts)]
-    rows = [{"input": "山は？", "output": answer} for answer in answers]
-    values = {"helpers": helpers, "pd": pd, "model_name": TINY, "inputs": {"model": {"commit": ""}}, "k": 1} | values
-    values |= {"task_rows": tasks, "qa_rows": rows, "prompt_style": "2024", "tasks": "tasks.jsonl"}
-    values |= {"qa_data": "qa.jsonl", "max_seq_length": 512, "max_new_tokens": 128}
-    return run_cell("04_rag_inference", "fitting-examples", **run_cell("04_rag_inference", "window", **values))
-
-
-def test_tasks_beyond_the_window_are_named_before_the_model_is_loaded(capsys):
-    began = time.perf_counter()
-    message = refusal(window_of_04, ["山は？", "あ" * 300_000])
-    assert time.perf_counter() - began < 10
-    assert message.startswith("tasks.jsonl: no room to answer task_id 問1 (300,") and "max_seq_length = 512" in message
-    count = window_of_04(["山は？"])["count_tokens"]
-    prompt = count(helpers.build_prompt("", ()))
-    rare = "鬱"  # one token or more for each
-    tokens = count(helpers.build_prompt(rare * 10, ())) - prompt
-    fits = (512 - 16 - prompt) * 10 // tokens
-    left = window_of_04(["山は？", rare * (fits - 5)], ["富士山", ANSWER * 30])
-    assert left["too_long"].keys() == {"問1"} and 16 <= left["room"]["問1"] < 128
-    assert left["qa"] == [{"input": "山は？", "output": "富士山"}]
-    said = capsys.readouterr().out
-    assert f"answered without shots, in at most as many tokens: {{'問1': {left['room']['問1']}}}" in said
-    assert "1 of 2 examples fit into max_seq_length - max_new_tokens = 384 tokens" in said
-    assert "qa.jsonl: no example fits" in refusal(window_of_04, ["山は？"], [ANSWER * 30])
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
