@@ -876,20 +876,22 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "files", "hub", "judge", "lora", "machine", "models", "parameters", "records")
-ROOMS += ("retrieval", "slots", "training")
+ROOMS = ("answers", "attention", "files", "folders", "hub", "judge", "lora", "machine", "models", "parameters")
+ROOMS += ("reading", "records", "retrieval", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
     from engine import (  # noqa: F401  # noqa: F401
         answers,
         attention,
         files,
+        folders,
         hub,
         judge,
         lora,
         machine,
         models,
         parameters,
+        reading,
         records,
         reports,
         retrieval,
