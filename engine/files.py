@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine import folders, reading
-from helpers import FilterRules, Parsed, RecipeError, check_text, first_line, parse_row, read_pair
+from engine.reading import check_text, read_pair
+from helpers import FilterRules, Parsed, RecipeError, first_line, parse_row
 
 
 def read_rows(name: str, revision: str = "", max_rows: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,14 +8,28 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from pyarrow import ArrowException, input_stream
 
-from helpers import ANSWERS, CONTEXTS, RecipeError, first_line
+from helpers import (
+    ANSWERS,
+    CHATS,
+    CONTEXTS,
+    MORE_ANSWERS,
+    MORE_CHATS,
+    MORE_QUESTIONS,
+    QUESTIONS,
+    Parsed,
+    RecipeError,
+    first_line,
+    first_pair,
+    has_role,
+    is_number,
+)
 
 # What no line of rows begins with, and what to do about a file that begins so.
 NOT_ROWS = {
@@ -204,3 +218,86 @@ def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
         if all(re.fullmatch("0|-?[1-9][0-9]{0,17}", row[column]) for row in rows):
             rows = [{**row, column: int(row[column])} for row in rows]
     return with_whole_numbers(rows, lambda value: value == "")
+
+
+SYSTEMS = ("system", "system_prompt", "system_message")
+TOOLS = {"tool", "function", "function_call", "observation", "tool_call", "tool_response"}
+KNOWN_FORMS = (
+    f"known are lists of turns (role, content or from, value) in {', '.join(CHATS + MORE_CHATS)}; or "
+    f"{', '.join(QUESTIONS + MORE_QUESTIONS)} for the question, with {' or '.join(CONTEXTS)} for what belongs to it, "
+    f"and {', '.join(ANSWERS + MORE_ANSWERS)} for the answer"
+)
+
+
+def check_text(where: str, value: Any, or_number: bool = False) -> str:
+    """The text `value`, or with `or_number` a number's digits; RecipeError (beginning with `where`) for all else."""
+    if or_number and is_number(value):
+        return str(value)
+    if not isinstance(value, str):
+        kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
+        found = kinds.get(type(value), type(value).__name__)
+        parts = value if isinstance(value, list) else []
+        if parts := sorted({str(part["type"]) for part in parts if isinstance(part, dict) and "type" in part}):
+            found += f" of parts ({', '.join(parts)})"
+        raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
+    if half := re.search("[\ud800-\udfff]", value):
+        found = f"U+{ord(half[0]):04X}, half a surrogate pair"
+        raise RecipeError(f"{where} holds {found}, which UTF-8 cannot hold; correct the text")
+    return value
+
+
+def read_pair(place: str, parsed: Parsed, need_answer: bool = True) -> tuple[str, str, Any]:
+    """The form of a row, its first question and the answer to it, which without `need_answer` is returned as it is.
+
+    RecipeError, beginning with `place`, for an unknown form and for a question or answer that is no text.
+    """
+    row, columns, turns = parsed
+    check_turns(place, parsed)
+    asked, answered = first_pair(turns)
+    if not asked or (need_answer and answered is None):
+        raise RecipeError(
+            f"{place}: no {'answer' if asked else 'question'} found; {what_is_there(parsed)}; {KNOWN_FORMS}"
+        )
+
+    def where(part: str, text: Any, names: Sequence[str]) -> str:
+        own = "history" if "history" in columns else columns[0]
+        return f"{place}: the {part} ({next((name for name in names if row[name] is text), own)})"
+
+    texts = [turns[number].get("content") for number in asked]
+    question = "\n".join(check_text(where("question", text, columns), text) for text in texts)
+    turn = turns[answered] if answered is not None else {}
+    answer = turn.get("content")
+    if need_answer and turn.get("tool_calls") and not answer:
+        raise RecipeError(f"{place}: the answer ({columns[0]}) only calls a tool (tool_calls); delete the row")
+    answer = check_text(where("answer", answer, columns[::-1]), answer, or_number=True) if need_answer else answer
+    return ", ".join([*columns, *form_notes(parsed, asked, answered)]), question, answer
+
+
+def check_turns(place: str, parsed: Parsed) -> None:
+    """RecipeError if something in a list of turns is no turn."""
+    for number, turn in enumerate(parsed.turns, start=1):
+        if not has_role(turn):
+            form = ", ".join(parsed.columns)
+            raise RecipeError(f"{place}: turn {number} of {form} has no role; {KNOWN_FORMS}")
+
+
+def what_is_there(parsed: Parsed) -> str:
+    """What a row holds in which no question or no answer was found."""
+    row, columns, turns = parsed
+    if columns and columns[0] in CHATS + MORE_CHATS:
+        return f"its roles in {columns[0]} are {[turn['role'] for turn in turns][:20]}"
+    chats = [f"; {name} holds no list of turns" for name in CHATS if row.get(name) and not columns]
+    return f"its columns are {sorted(map(str, row))[:20]}{''.join(chats)}"
+
+
+def form_notes(parsed: Parsed, asked: Sequence[int], answered: int | None) -> list[str]:
+    """What of a row is read in another way than it stands there, or not at all."""
+    roles = [turn["role"] for turn in parsed.turns]
+    notes = {
+        "begun by the assistant": "assistant" in roles[: asked[0]],
+        "user turns in a row joined": len(asked) > 1,
+        "without the system text": "system" in roles or any(parsed.row.get(name) for name in SYSTEMS),
+        "without the tool calls": bool(TOOLS & set(roles[asked[-1] : answered])),
+        "first question of several": roles.count("user") > len(asked),
+    }
+    return [note for note, is_so in notes.items() if is_so]
