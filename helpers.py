@@ -139,17 +139,18 @@ def parse_row(row: dict[str, Any], columns_first: bool = False) -> Parsed:
         return chat
 
     def first(names: tuple[str, ...]) -> tuple[str, ...]:  # a column that is null only if there is no better one
-        known = [name for name in row if isinstance(name, str) and name.lower() in names]
-        order = {name: (row[name] is None, name not in names, names.index(name.lower())) for name in known}
+        lower = {name: name if chat.columns else str(name).lower() for name in row}  # names beside turns are exact
+        known = [name for name in row if lower[name] in names]
+        order = {name: (row[name] is None, name not in names, names.index(lower[name])) for name in known}
         return tuple(sorted(known, key=order.__getitem__)[:1])
 
     question, answer = first(QUESTIONS), first(ANSWERS)
     if not chat.columns:
         if not question and (chat := read_chat(row, MORE_CHATS)).columns:
             return chat
-        question, answer = first(QUESTIONS + MORE_QUESTIONS), first(ANSWERS + MORE_ANSWERS)
-    text_alone = question and question[0].lower() == "text" and not answer
-    if not question or text_alone or (chat.columns and (not answer or row[answer[0]] is None)):
+        answer = first(ANSWERS + MORE_ANSWERS)
+        question = first(QUESTIONS + (MORE_QUESTIONS if answer else MORE_QUESTIONS[:-1]))  # text alone asks nothing
+    if not question or (chat.columns and (not answer or row[answer[0]] is None)):
         return chat
     # A row that has a conversation as well is one of notebook 2, whose instruction is already the whole question.
     capitalised = not question[0].islower()
