@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import posixpath
 import re
@@ -113,13 +114,14 @@ def read_card(folder: Path) -> dict[str, dict[str, Any]]:
 
 def card_splits(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """The patterns of file names of each split of a card's configuration; {} if it names no files."""
-    given = config.get("data_files") or ([{"split": "", "path": "**"}] if config.get("data_dir") else [])
+    folder = glob.escape(config.get("data_dir") or "")
+    given = config.get("data_files") or ([{"split": "", "path": "**"}] if folder else [])
     if isinstance(given, Mapping):
         given = [{"split": split, "path": path} for split, path in given.items()]
     splits: dict[str, list[str]] = {}
     for entry in [given] if isinstance(given, str) else given:
         split, paths = (entry["split"], entry["path"]) if isinstance(entry, Mapping) else ("train", entry)
-        inside = [posixpath.join(config.get("data_dir", ""), p) for p in ([paths] if isinstance(paths, str) else paths)]
+        inside = [posixpath.join(folder, p) for p in ([paths] if isinstance(paths, str) else paths)]
         splits.setdefault(str(split), []).extend(inside)
     return splits
 
@@ -128,11 +130,12 @@ def split_files(card: Path, patterns: Iterable[str], names: Sequence[str]) -> li
     """The files among `names` that a card's patterns name, each once; RecipeError for what lies outside its folder."""
     found: dict[str, None] = {}
     for pattern in map(posixpath.normpath, patterns):
-        if re.match(r"\.\.(/|$)|/|~|[A-Za-z]:|\w+:/", pattern) or "\\" in pattern:
+        if re.match(r"\.\.(/|$)|/|~|[A-Za-z]:/|\w+:/", pattern) or "\\" in pattern:
             raise RecipeError(f"{card}: {pattern!r} lies outside the folder; a card may only name files beside it")
         try:  # a name may hold brackets itself
-            glob = re.compile(glob_translate(pattern))
-            matching = [pattern] if pattern in names else [n for n in names if READABLE.search(n) and glob.match(n)]
+            form = re.compile(glob_translate(pattern))
+            readable = [n for n in names if READABLE.search(n) and is_data(n)]
+            matching = [pattern] if pattern in names else list(filter(form.match, readable))
         except ValueError as error:
             raise RecipeError(f"{card}: {pattern!r} is no pattern ({first_line(error)}); correct it") from None
         if not matching:
@@ -164,7 +167,7 @@ def group_files(config: Mapping[str, Any], card: Path, names: Sequence[str]) -> 
     if not groups or "" in groups:  # the configuration is a folder, or there is none
         by_name: dict[str, list[str]] = {}
         for name in groups.get("", names):
-            by_name.setdefault(split_of(name), []).append(name)
+            by_name.setdefault(split_of(name.removeprefix(f"{config.get('data_dir')}/")), []).append(name)
         groups = by_name
     return groups
 
@@ -184,6 +187,12 @@ def is_data(name: str) -> bool:
     """Whether a file may be meant as data: it is not hidden and does not only describe the data set."""
     file = name.rpartition("/")[2]
     return not file.startswith(".") and not NO_ROWS.fullmatch(file)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file that could be read is hidden, and is not what macOS writes beside each file."""
+    file = name.rpartition("/")[2]
+    return file.startswith(".") and not file.startswith("._") and READABLE.search(file) is not None
 
 
 def choose_configuration(name: str, base: str, configs: Mapping[str, Any], choices: list[str]) -> str:
@@ -206,39 +215,38 @@ def select(name: str, revision: str = "") -> Selection:
             raise RecipeError(f"{name}: {base} is one file, in which there is no {':'.join(choices)}; name it alone")
         return Selection([Path(base)])
     folder, others = (Path(base), []) if os.path.isdir(base) else download(base, revision)
-    names, configs = list_files(folder), read_card(folder)
+    names, configs, card = list_files(folder), read_card(folder), folder / "README.md"
+    if len(choices) == 1 and choices[0] in names and choices[0] not in configs:
+        return Selection([folder / choices[0]], folder)
     rows = [n for n in names if READABLE.search(n) and is_data(n)]
-    others += [n for n in names if n not in rows and is_data(n)]
-    if len(choices) == 1 and choices[0] not in configs:
-        wanted = choices[0].strip("/")
-        if inside := [n for n in names if n == wanted or (n in rows and n.startswith(f"{wanted}/"))]:
-            return Selection([folder / n for n in inside], folder)
+    others += [n for n in names if n not in rows and (is_data(n) or is_hidden(n))]
     check_readable(base, rows, others)
-    asked, key = bool(choices), choose_configuration(name, base, configs, choices)
-    groups = group_files(configs.get(key, {}), folder / "README.md", names if configs else rows)
-    chosen = f"{base}:{key}" if len(configs) > 1 else base
-    split = find_split(name, chosen, choices, groups) if choices else choose_split(chosen, groups)
-    if not configs and not asked and (unread := [n for n in others if OTHER_ROWS.search(n)]):
+    unasked, key = not choices, choose_configuration(name, base, configs, choices)
+    part, groups = [f"configuration {key}"] * bool(key), group_files(configs.get(key, {}), card, names if key else rows)
+    if choices and not find_splits(choices[0], groups) and any(n.startswith(f"{choices[0]}/") for n in rows):
+        key, configs = choices.pop(0), {}
+        part, groups = [f"folder {key}"], group_files({"data_dir": key}, card, rows)
+    inside = f"{base}:{key}" if key and len(configs) != 1 else base
+    if choices and (len(choices) > 1 or not find_splits(choices[0], groups)):
+        there = shorten([f"{inside}:{split or 'train'}" for split in groups], 20)
+        raise RecipeError(f"{name}: there is no {':'.join(choices)}; name one of {there}, or a file in it")
+    split = find_splits(choices[0], groups)[0] if choices else choose_split(inside, groups)
+    if unasked and not configs and (unread := [n for n in others if OTHER_ROWS.search(n)]):
         raise RecipeError(
             f"{base}: {shorten(unread)} may hold rows, too, and cannot be read; save such files as JSON Lines or "
             f"Parquet, or read the others alone: {base}:{split or 'train'}"
         )
-    named = {n for files in groups.values() for n in files}
-    left_out = [f"split {s or 'none'} ({shorten(files)})" for s, files in groups.items() if s != split]
+    part += [f"split {split}"] * bool(split)
+    left_out = [f"{f'split {s}' if s else 'no split'} ({shorten(files)})" for s, files in groups.items() if s != split]
     left_out += [f"configuration {other}" for other in configs if other != key]
-    left_out += [shorten([n for n in rows if n not in named] * (len(configs) == 1)), shorten(others)]
-    part = ", ".join([f"configuration {key}"] * bool(key) + [f"split {split}"] * bool(split))
-    return Selection([folder / n for n in groups[split]], folder, part, list(filter(None, left_out)))
+    left_out += [shorten([n for n in rows if not any(n in files for files in groups.values())]), shorten(others)]
+    return Selection([folder / n for n in groups[split]], folder, ", ".join(part), list(filter(None, left_out)))
 
 
-def find_split(name: str, base: str, choices: Sequence[str], groups: Mapping[str, list[str]]) -> str:
-    """The split that was named, also by another word for it (dev, eval); RecipeError lists those that there are."""
-    wanted = choices[0]
-    known = [wanted, split_of(wanted)] + [""] * (wanted == "train")
-    if len(choices) > 1 or not any(split in groups for split in known):
-        there = shorten([f"{base}:{split or 'train'}" for split in groups], 20)
-        raise RecipeError(f"{name}: there is no {':'.join(choices)}; name one of: {there}, or a file in it")
-    return next(split for split in known if split in groups)
+def find_splits(wanted: str, groups: Mapping[str, list[str]]) -> list[str]:
+    """The split that was named, also by another word for it (dev, eval); files of no split are for training."""
+    known = [wanted, split_of(wanted) or wanted] + [""] * (wanted == "train")
+    return [split for split in known if split in groups]
 
 
 def check_readable(base: str, rows: Sequence[str], others: Sequence[str]) -> None:
@@ -247,7 +255,7 @@ def check_readable(base: str, rows: Sequence[str], others: Sequence[str]) -> Non
     if arrow and any(name.endswith("state.json") for name in rows):
         part = '["train"]' if arrow[0].count("/") else ""
         code = f'datasets.load_from_disk("{base}"){part}.to_parquet("rows.parquet")'
-        raise RecipeError(f"{base}: save_to_disk wrote this folder; run `{code}` in Python and name rows.parquet")
+        raise RecipeError(f"{base}: save_to_disk wrote this folder; run `{code}` in Python, name rows.parquet")
     if not rows:
         held = f"it holds {shorten(others)}" if others else "it is empty"
         kinds = f"{', '.join(KINDS)}, also with .gz or .zst"

@@ -44,9 +44,9 @@ NOT_ROWS = {
     (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"): (
         "it is a Python pickle, which could run code and is not opened; save the rows as JSON Lines"
     ),
-    (b"ARROW1",): "it is an Arrow file; run `pandas.read_feather(FILE).to_parquet(...)` and name the Parquet file",
+    (b"ARROW1",): "it is an Arrow file; run `pandas.read_feather(FILE).to_parquet('rows.parquet')`, name rows.parquet",
     (b"\xff\xff\xff\xff",): (
-        "it is an Arrow file; run `datasets.Dataset.from_file(FILE).to_parquet(...)` and name the Parquet file"
+        "it is an Arrow file; run `datasets.Dataset.from_file(FILE).to_parquet('rows.parquet')`, name rows.parquet"
     ),
     (b"SQLite format 3",): "it is an SQLite data base; save the table as CSV",
     (b"\x89HDF", b"Obj\x01", b"\x93NUMPY"): "it is an HDF5, Avro or NumPy file; save the rows as Parquet",
@@ -85,13 +85,13 @@ def check_head(path: Path, head: bytes) -> None:
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     for first_bytes, advice in NOT_ROWS.items():
         if head.startswith(first_bytes) or start.startswith(first_bytes):
-            raise RecipeError(f"{path}: {advice}")
+            raise RecipeError(f"{path}: {advice.replace('FILE', repr(str(path)))}")
     if b"\0" not in head:
         return
     for encoding in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
         with suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
-            if re.sub(r"\s", "", text).isprintable():
+            if re.search(r"[{\[,\n]", text) and re.sub(r"\s", "", text).isprintable():
                 raise RecipeError(
                     f"{path}: it is {encoding[:6]} text; save it as UTF-8 (`iconv -f {encoding} -t UTF-8`)"
                 )
@@ -134,7 +134,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
             if table:
                 rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), ",\t"[table[1] == "tsv"])
             elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                rows = parse_json(str(path), head, file.read())
+                rows = [part for row in parse_json(str(path), head, file.read()) for part in samples_of(row) or [row]]
             elif OVER_LINES.match(head):
                 rows = samples_of(parse_json(str(path), head, file.read()))
                 if rows is None:

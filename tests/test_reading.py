@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -189,6 +192,17 @@ def parquet(rows):
     return sink.getvalue()
 
 
+def arrow(rows):
+    with pa.ipc.new_stream(sink := io.BytesIO(), (rows := pa.Table.from_pylist(rows)).schema) as stream:
+        stream.write_table(rows)
+    return sink.getvalue()
+
+
+def feather(rows):
+    pa.feather.write_feather(pa.Table.from_pylist(rows), sink := io.BytesIO())
+    return sink.getvalue()
+
+
 def zstd(data):
     return pa.compress(data, codec="zstd", asbytes=True)
 
@@ -224,6 +238,32 @@ BAD_FILES = {
         table([ROW]).decode("utf-8-sig").encode("cp932"),
         "not UTF-8 text; it looks like text in cp932",
     ),
+    "CSV in cp932, 9 KiB": (
+        "a.csv",
+        b"input,output\n" + b"a,b\n" * 2043 + "あ".encode("cp932") * 400 + b",x\n",
+        "line 2045: not UTF-8 text; it looks like text in cp932",
+    ),
+    "JSON Lines in ISO-2022-JP": (
+        "a.jsonl",
+        lines([ROW]).decode().encode("iso2022_jp"),
+        "looks like text in iso2022_jp",
+    ),
+    "CSV in ISO-2022-JP": ("a.csv", table([ROW]).decode("utf-8-sig").encode("iso2022_jp"), "text in iso2022_jp"),
+    "CSV in UTF-16 without a mark": (
+        "a.csv",
+        table([ROW]).decode("utf-8-sig").encode("utf-16-be"),
+        "it is UTF-16 text; save it as UTF-8 .`iconv -f UTF-16BE -t UTF-8`",
+    ),
+    "UTF-32": ("a.csv", table([ROW]).decode("utf-8-sig").encode("utf-32"), "it is UTF-32 text"),
+    "UTF-32 without a mark": ("a.jsonl", lines([ROW]).decode().encode("utf-32-le"), "it is UTF-32 text"),
+    "CSV, NUL bytes": ("a.csv", b"input,output\n" + b"a,b\n" * 2000 + b"a,b\0\n", "line 2002: holds a NUL byte"),
+    "JSON Lines, NUL bytes": ("a.jsonl", b"\0\1\2\3" * 99, "it holds NUL bytes, so it is no text"),
+    "pickle": ("a.jsonl", pickle.dumps([ROW]), "it is a Python pickle"),
+    "Arrow": ("a.jsonl", arrow([ROW]), "it is an Arrow file; run `datasets.Dataset.from_file"),
+    "Feather": ("a.json", feather([ROW]), "it is an Arrow file; run `pandas.read_feather"),
+    "picture": ("a.json", b"\x89PNG\r\n\x1a\n" + b"\0" * 99, "it is a picture"),
+    "web page called .csv": ("a.csv", b"\n<!DOCTYPE html>\n<html>", "it is a web page"),
+    "Git LFS pointer called .csv": ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "run `git lfs pull`"),
     "UTF-16": ("a.jsonl", lines([ROW]).decode().encode("utf-16"), "it is UTF-16 text"),
     "UTF-16 without a mark": ("a.jsonl", lines([ROW]).decode().encode("utf-16-le"), "it is UTF-16 text"),
     "Excel": ("a.csv", b"PK\x03\x04\x14\x00\x06\x00\x08\x00\x00\x00!\x00\xff\xff", "a zip archive or an Excel file"),
@@ -519,6 +559,42 @@ def test_task_ids_of_a_table_are_numbers_again(tmp_path):
 def test_references_are_texts_numbers_or_a_list_of_them(tmp_path, output, references):
     (task,) = helpers.files.load_tasks(write(tmp_path, "a.jsonl", lines([{"input": "x", "output": output}])))
     assert helpers.references_of(task) == references
+
+
+EVAL = {
+    "instruction": "質問に答えてください。",
+    "output_length": 9,
+    "metrics": ["char_f1"],
+    "samples": [{"input": question, "output": ANSWER} for question in QUESTIONS],
+}
+
+
+@pytest.mark.parametrize("data", [json.dumps(EVAL), json.dumps(EVAL, indent=2), json.dumps([EVAL], indent=2)])
+def test_a_file_of_llm_jp_eval_gives_its_samples_as_tasks(tmp_path, data):
+    path = write(tmp_path, "jcommonsenseqa.json", data.encode())
+    tasks = helpers.files.load_tasks(path)
+    assert [(task["input"], task["output"]) for task in tasks] == [
+        (f"質問に答えてください。\n{question}", ANSWER) for question in QUESTIONS
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_whole_numbers_beside_missing_ones_are_whole(tmp_path, name):
+    """Of both pandas makes 5.0."""
+    path, columns = tmp_path / name, {"input": ["2 + 3 は？", "山は？"], "output": [5, None], "score": [1.5, 2.0]}
+    (pd.DataFrame(columns).to_parquet if name == "a.parquet" else pd.DataFrame(columns).to_csv)(path, index=False)
+    assert "5.0" in str(pd.read_parquet(path) if name == "a.parquet" else path.read_text(encoding="utf-8"))
+    tasks = helpers.files.load_tasks(str(path))
+    assert tasks[0] == {"task_id": 0, "input": "2 + 3 は？", "output": "5"}
+    assert helpers.references_of(tasks[1]) == []
+    assert str(helpers.files.load_rows(path)[1]["score"]) == "2.0"
+
+
+@pytest.mark.parametrize("number", [0, 7, -3, 10**17])
+def test_a_number_as_further_text_is_its_digits(tmp_path, number):
+    path = write(tmp_path, "a.csv", table([{"instruction": "2倍は？", "input": number, "output": 2 * number}] * 2))
+    pairs = helpers.files.load_pairs(path)
+    assert pairs == [{"instruction": f"2倍は？\n{number}", "response": str(2 * number)}] * 2
 
 
 @pytest.mark.parametrize("output", [{"a": 1}, [None], [["a"]], True])
