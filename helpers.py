@@ -70,7 +70,7 @@ def read_turn(turn: Any) -> Any:
     """A turn with the keys role ("user", "assistant" or others) and content, whatever it calls them."""
     if not isinstance(turn, dict):
         return turn
-    for key, others in TURN_KEYS.items():
+    for key, others in () if "role" in turn and "content" in turn else TURN_KEYS.items():
         if key not in turn and (used := next((name for name in others if name in turn), "")):
             turn = {key if name == used else name: value for name, value in turn.items()}
             if key == "role" and isinstance(turn["role"], str):
@@ -91,7 +91,7 @@ def has_role(turn: Any) -> bool:
 
 def read_turns(value: Any) -> list[Any] | None:
     """The turns in a column, which is a list, a dictionary of lists, or either as text of JSON or Python; else None."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = read(value) if isinstance(value, str) else value
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
@@ -99,12 +99,17 @@ def read_turns(value: Any) -> list[Any] | None:
             value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         return None
-    turns = []
-    for turn in map(read_turn, value):
-        sides = {} if has_role(turn) or not isinstance(turn, dict) else {n: SIDES[n] for n in SIDES if turn.get(n)}
-        both = {"user", "assistant"} <= set(sides.values())  # ms-swift: {"human": ..., "assistant": ...}
-        turns += [{"role": side, "content": turn[name]} for name, side in sides.items()] if both else [turn]
+    turns = list(map(read_turn, value))
+    if any(isinstance(turn, dict) and "role" not in turn for turn in turns):
+        turns = [part for turn in turns for part in split_turn(turn)]
     return turns
+
+
+def split_turn(turn: Any) -> list[Any]:
+    """The turns in one that holds question and answer (as of ms-swift: {"human": ..., "assistant": ...}), else itself."""
+    sides = {name: side for name, side in SIDES.items() if turn.get(name)} if isinstance(turn, dict) else {}
+    both = not has_role(turn) and {"user", "assistant"} <= set(sides.values())
+    return [{"role": side, "content": turn[name]} for name, side in sides.items()] if both else [turn]
 
 
 class Parsed(NamedTuple):
@@ -117,7 +122,7 @@ class Parsed(NamedTuple):
 
 def read_chat(row: dict[str, Any], names: Iterable[str]) -> Parsed:
     """A row with the first of these columns that holds turns, or an empty list only if there is no better one."""
-    chats = {name: turns for name in names if (turns := read_turns(row.get(name))) is not None}
+    chats = {name: turns for name in names if name in row and (turns := read_turns(row[name])) is not None}
     name = next((name for name, turns in chats.items() if turns), next(iter(chats), ""))
     turns = chats.get(name, [])
     if name == "turns" and all(isinstance(turn, str) for turn in turns):  # MT-bench: questions, and answers to some
@@ -138,11 +143,12 @@ def parse_row(row: dict[str, Any], columns_first: bool = False) -> Parsed:
     if chat.columns and not columns_first:
         return chat
 
+    lower = {name: name if chat.columns else str(name).lower() for name in row}  # names beside turns are exact
+
     def first(names: tuple[str, ...]) -> tuple[str, ...]:  # a column that is null only if there is no better one
-        lower = {name: name if chat.columns else str(name).lower() for name in row}  # names beside turns are exact
         known = [name for name in row if lower[name] in names]
-        order = {name: (row[name] is None, name not in names, names.index(lower[name])) for name in known}
-        return tuple(sorted(known, key=order.__getitem__)[:1])
+        found = [(row[name] is None, name not in names, names.index(lower[name]), name) for name in known]
+        return (min(found)[3],) if found else ()
 
     question, answer = first(QUESTIONS), first(ANSWERS)
     if not chat.columns:

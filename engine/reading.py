@@ -58,8 +58,8 @@ KANA_OR_KANJI = "[ぁ-んァ-ヶ一-龠ｦ-ﾟ]"
 def other_encoding(text: bytes) -> str:
     """The encoding that bytes which are not UTF-8 are in, as far as Japanese letters tell; "" if they do not."""
     if re.search(rb"\x1b\$[@B]", text):
-        return "iso2022_jp"
-    for encoding in ("euc_jp", "cp932"):  # text in cp932 is next to never valid EUC-JP
+        return "ISO-2022-JP"
+    for encoding in ("EUC-JP", "cp932"):  # text in cp932 is next to never valid EUC-JP
         with suppress(UnicodeDecodeError):  # the last character may be cut
             if re.search(KANA_OR_KANJI, codecs.getincrementaldecoder(encoding)().decode(text)):
                 return encoding
@@ -206,7 +206,7 @@ def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
                 problem = f"not {len(table.fieldnames)} cells as in the header; put cells with commas into quotes"
                 raise RecipeError(f"{path}, line {table.line_num}: {problem}")
             if found := re.search("\0|\x1b\\$", "".join(row.values())):
-                problem = "a NUL byte" if found[0] == "\0" else "text in iso2022_jp"
+                problem = "a NUL byte" if found[0] == "\0" else "text in ISO-2022-JP"
                 raise RecipeError(f"{path}, line {table.line_num}: holds {problem}; save the file as UTF-8")
             rows.append(row)
     except csv.Error as error:

@@ -232,7 +232,7 @@ ROW = {"input": "山は？", "output": "富士山"}
 # Files that cannot be read: name, bytes, what is said.
 BAD_FILES = {
     "cp932": ("a.jsonl", lines([ROW]).decode().encode("cp932"), "line 1: .*looks like text in cp932; save it as UTF-8"),
-    "EUC-JP": ("a.jsonl", lines([ROW]).decode().encode("euc_jp"), "looks like text in euc_jp"),
+    "EUC-JP": ("a.jsonl", lines([ROW]).decode().encode("euc_jp"), "looks like text in EUC-JP"),
     "CSV in cp932": (
         "a.csv",
         table([ROW]).decode("utf-8-sig").encode("cp932"),
@@ -246,9 +246,9 @@ BAD_FILES = {
     "JSON Lines in ISO-2022-JP": (
         "a.jsonl",
         lines([ROW]).decode().encode("iso2022_jp"),
-        "looks like text in iso2022_jp",
+        "looks like text in ISO-2022-JP",
     ),
-    "CSV in ISO-2022-JP": ("a.csv", table([ROW]).decode("utf-8-sig").encode("iso2022_jp"), "text in iso2022_jp"),
+    "CSV in ISO-2022-JP": ("a.csv", table([ROW]).decode("utf-8-sig").encode("iso2022_jp"), "text in ISO-2022-JP"),
     "CSV in UTF-16 without a mark": (
         "a.csv",
         table([ROW]).decode("utf-8-sig").encode("utf-16-be"),
