@@ -106,7 +106,7 @@ def read_turns(value: Any) -> list[Any] | None:
 
 
 def split_turn(turn: Any) -> list[Any]:
-    """The turns in one that holds question and answer (as of ms-swift: {"human": ..., "assistant": ...}), else itself."""
+    """The turns in one that holds question and answer (of ms-swift: {"human": ..., "assistant": ...}), else itself."""
     sides = {name: side for name, side in SIDES.items() if turn.get(name)} if isinstance(turn, dict) else {}
     both = not has_role(turn) and {"user", "assistant"} <= set(sides.values())
     return [{"role": side, "content": turn[name]} for name, side in sides.items()] if both else [turn]

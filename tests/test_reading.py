@@ -716,19 +716,54 @@ def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
+NUMBERED = [f"part-{number:03}.jsonl" for number in range(200)]
+# Folders: their files with three rows each, what the card says, and what is named of it.
+FOLDERS = {
+    "two kinds of files": (["a.jsonl", "b.csv"], None, ""),
+    "200 files": (NUMBERED, None, ""),
+    "a file beside one for tests": (["chat.jsonl", "test.jsonl"], None, ""),
+    "the same, the test is named": (["chat.jsonl", "test.jsonl"], None, ":test"),
+    "a test alone": (["test.jsonl"], None, ""),
+    "a split beside a file of none": (["chat.jsonl", "train.jsonl"], None, ""),
+    "a card that lists test_sft first": (
+        ["a.jsonl", "b.jsonl"],
+        [{"data_files": [{"split": "test_sft", "path": "a.jsonl"}, {"split": "train_sft", "path": "b.jsonl"}]}],
+        "",
+    ),
+    "several configurations": (["ja/a.jsonl", "en/a.jsonl"], [{"data_dir": "ja"}, {"data_dir": "en"}], ""),
+    "one of them": (["ja/a.jsonl", "en/a.jsonl"], [{"data_dir": "ja"}, {"data_dir": "en"}], ":ja"),
+    "one file of it": (["a.jsonl", "b.jsonl"], None, ":b.jsonl"),
+    "a card that leads out of it": (["a.jsonl"], [{"data_files": "../secret.jsonl"}], ""),
+    "a picture beside rows": (["a.jsonl", "a.png"], None, ""),
+    "a packed file that cannot be read": (["a.jsonl", "b.jsonl.xz"], None, ""),
+}
+
+
+def write_folder(folder, names, configs):
+    """The files of a folder; rows say in which file they are."""
+    for name in names:
+        rows = [{"input": f"{name} {q}", "output": ANSWER} for q in QUESTIONS]
+        write(folder, name, table(rows) if name.endswith(".csv") else lines(rows) if "jsonl" in name else b"\x89PNG")
+    if configs:
+        named = [{"config_name": config.get("data_dir", "default")} | config for config in configs]
+        write(folder, "README.md", f"---\n{json.dumps({'configs': named})}\n---\n".encode())
+    return str(folder)
+
 
 def report_line(kind, path, rows_in):
     """A line of the table: what was read, and what was said."""
     with redirect_stdout(io.StringIO()) as said:
         try:
-            read, message = len(helpers.files.load_pairs(path)), said.getvalue().removeprefix(f"{path}: ").strip()
+            read, message = len(helpers.files.load_pairs(path)), said.getvalue()
         except RecipeError as error:
-            read, message = "stops", str(error).replace(path, Path(path).name).partition("; known are")[0]
-    return f"| {kind} | {rows_in} | {said and read} | {message.replace('|', chr(92) + '|')} |"
+            read, message = "stops", str(error).partition("; known are")[0]
+    base = path if os.path.exists(path) else path.rpartition(":")[0]
+    message = message.replace(f"{path}: ", "").replace(base, Path(base).name).strip().replace("\n", "; ")
+    return f"| {kind} | {rows_in} | {read} | {message.replace('|', chr(92) + '|')} |"
 
 
 if __name__ == "__main__":
-    print("| form or file | rows in | rows read | what is said |\n|---|---|---|---|")
+    print("| form, file or folder | rows in | rows read | what is said |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for form, make in FORMS.items():
             print(report_line(form, write(folder, "a.jsonl", lines([make(q) for q in QUESTIONS])), 3))
@@ -739,5 +774,8 @@ if __name__ == "__main__":
             print(report_line(kind, write(folder, name, write_rows(rows)), 3))
         for kind, (name, data, _) in BAD_FILES.items():
             print(report_line(kind, write(folder, name, data), ""))
+        for number, (kind, (names, configs, choice)) in enumerate(FOLDERS.items()):
+            path = write_folder(Path(folder, str(number), "rows"), names, configs) + choice
+            print(report_line(f"folder: {kind}", path, 3 * sum("jsonl" in n or "csv" in n for n in names)))
     for path in sys.argv[1:]:
         print(report_line(Path(path).name, path, Path(path).read_bytes().count(b"\n")))
