@@ -20,12 +20,14 @@ from engine.reading import check_text, read_pair
 from helpers import FilterRules, Parsed, RecipeError, first_line, parse_row
 
 
-def read_rows(name: str, revision: str = "", max_rows: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    name: str, revision: str = "", max_rows: int = 0, for_tasks: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row of a data set with its place; of a folder or hub repository it is printed what was read.
 
     RecipeError if there is no row.
     """
-    selection, counts = folders.select(name, revision), {}
+    selection, counts = folders.select(name, revision, for_tasks), {}
     for path in selection.files:
         counts[path] = 0
         for place, row in islice(reading.read_file(path), max_rows - sum(counts.values()) if max_rows else None):
@@ -105,7 +107,7 @@ def load_tasks(name: str) -> list[dict[str, Any]]:
     a list of them, all right), and `eval_aspect`. RecipeError names the row of what is no text or a repeated task_id.
     """
     tasks, forms, first = [], Counter(), {}
-    for position, (place, row) in enumerate(read_rows(name)):
+    for position, (place, row) in enumerate(read_rows(name, for_tasks=True)):
         form, question, answer = read_pair(place, parse_row(row, columns_first=True), need_answer=False)
         forms[form] += 1
         task_id = row.get("task_id", position)

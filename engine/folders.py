@@ -1,7 +1,8 @@
 """Which files are the rows of a data set: one file, or of a folder or hub repository a configuration and a split.
 
 `NAME:CHOICE` names a configuration of the card, a split, or a file or folder in the data set, and
-`NAME:CONFIGURATION:SPLIT` both. A split for validation or test is taken only when it is named.
+`NAME:CONFIGURATION:SPLIT` both. A split for validation or test is taken only when it is named (or if tasks are read
+from a data set that has no other).
 """
 
 from __future__ import annotations
@@ -172,9 +173,11 @@ def group_files(config: Mapping[str, Any], card: Path, names: Sequence[str]) -> 
     return groups
 
 
-def choose_split(base: str, groups: Mapping[str, list[str]]) -> str:
-    """The split that is read if none is named: train, or the only one that is not held out; RecipeError if unclear."""
-    free = [split for split in groups if not is_held_out(split)]
+def choose_split(base: str, groups: Mapping[str, list[str]], for_tasks: bool) -> str:
+    """The split that is read if none is named: train, or the only one that is not held out, or for tasks the only one
+    at all; RecipeError if it is unclear.
+    """
+    free = [split for split in groups if not is_held_out(split) or (for_tasks and len(groups) == 1)]
     if len(free) == 1 or ("train" in free and "" not in free):
         return "train" if "train" in free else free[0]
     held = "; ".join(f"{shorten(names)} of {f'split {s}' if s else 'no split'}" for s, names in groups.items())
@@ -207,7 +210,7 @@ def choose_configuration(name: str, base: str, configs: Mapping[str, Any], choic
     return key
 
 
-def select(name: str, revision: str = "") -> Selection:
+def select(name: str, revision: str = "", for_tasks: bool = False) -> Selection:
     """The files of a data set; RecipeError if it is not there, or if it is unclear which of its files are meant."""
     base, choices = parse_name(name)
     if os.path.isfile(base):
@@ -230,7 +233,7 @@ def select(name: str, revision: str = "") -> Selection:
     if choices and (len(choices) > 1 or not find_splits(choices[0], groups)):
         there = shorten([f"{inside}:{split or 'train'}" for split in groups], 20)
         raise RecipeError(f"{name}: there is no {':'.join(choices)}; name one of {there}, or a file in it")
-    split = find_splits(choices[0], groups)[0] if choices else choose_split(inside, groups)
+    split = find_splits(choices[0], groups)[0] if choices else choose_split(inside, groups, for_tasks)
     if unasked and not configs and (unread := [n for n in others if OTHER_ROWS.search(n)]):
         raise RecipeError(
             f"{base}: {shorten(unread)} may hold rows, too, and cannot be read; save such files as JSON Lines or "

@@ -105,6 +105,8 @@ def test_a_held_out_split_is_read_only_when_it_is_named(tmp_path, held):
     (tmp_path / "chat.jsonl").unlink()
     rows, said = read(tmp_path)
     assert rows is None and f"name one: {tmp_path}:{split}" in said
+    tasks = helpers.files.load_tasks(str(tmp_path))  # such as elyza/ELYZA-tasks-100, which has no other split
+    assert [task["input"] for task in tasks] == out
 
 
 def test_a_card_that_lists_the_test_split_first_gives_the_training_split(tmp_path):
