@@ -23,6 +23,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import helpers
+import run
 from helpers import RecipeError
 
 
@@ -227,6 +228,18 @@ def test_what_selects_rows_is_part_of_the_source(tmp_path):
         card.write("More words.\n")
     assert identity(tmp_path) == before
     assert helpers.records.data_source(f"{tmp_path}:a.jsonl")["name"] == str(tmp_path)
+
+
+def test_run_py_sees_that_rows_or_what_selects_them_changed(tmp_path):
+    seen, name = [], f"{tmp_path}:default"
+    for file in ("a.jsonl", "b.jsonl"):
+        write(tmp_path, file)
+        write_card(tmp_path, [{"config_name": "default", "data_files": file}])
+        seen += [run.contents(name), run.contents(str(tmp_path))]
+    write(tmp_path, "b.jsonl", 4)
+    seen += [run.contents(name), run.contents(str(tmp_path))]
+    assert all(seen) and seen[::2] == seen[1::2] and len(set(seen)) == 3
+    assert run.contents("owner/name:default") == run.contents("") == ""
 
 
 def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
