@@ -35,6 +35,7 @@ NO_ROWS = re.compile(
     r"|thumbs\.db|desktop\.ini",
     re.IGNORECASE,
 )
+CACHES = {".git", ".cache", ".ipynb_checkpoints", "__pycache__", "__MACOSX"}
 # The words in the name of a file or folder that put it into a split, as on the hub.
 SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
@@ -87,7 +88,7 @@ def shorten(names: Sequence[str], most: int = 6) -> str:
 
 
 def list_files(folder: Path) -> list[str]:
-    """The paths of all files below a folder, also behind links, but for hidden folders and caches (`__...`)."""
+    """The paths of all files below a folder, also behind links, but for caches."""
 
     def stop(error: OSError) -> None:
         raise RecipeError(f"{folder}: cannot be read ({first_line(error)})")
@@ -98,7 +99,7 @@ def list_files(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        folders[:] = [name for name in folders if name not in CACHES]
         found += [Path(place, name).relative_to(folder).as_posix() for name in names]
     return sorted(found)
 
@@ -108,7 +109,10 @@ def read_card(folder: Path) -> dict[str, dict[str, Any]]:
     card = folder / "README.md"
     try:
         configs = (metadata_load(card) or {}).get("configs") or [] if card.is_file() else []
-        return {str(config.get("config_name", "default")): config for config in configs}
+        named = {str(config.get("config_name", "default")): config for config in configs}
+        if len(named) < len(configs):
+            raise ValueError("a configuration is there twice")
+        return named
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise RecipeError(f"{card}: its header cannot be read ({first_line(error)}); correct or delete it") from None
 
@@ -165,9 +169,10 @@ def group_files(config: Mapping[str, Any], card: Path, names: Sequence[str]) -> 
     except (KeyError, TypeError, ValueError) as error:
         raise RecipeError(f"{card}: its data_files cannot be read ({first_line(error)}); correct the card") from None
     groups = {split: split_files(card, patterns, names) for split, patterns in splits.items()}
+    rows = [name for name in names if READABLE.search(name) and is_data(name)]
     if not groups or "" in groups:  # the configuration is a folder, or there is none
         by_name: dict[str, list[str]] = {}
-        for name in groups.get("", names):
+        for name in groups.get("", rows):
             by_name.setdefault(split_of(name.removeprefix(f"{config.get('data_dir')}/")), []).append(name)
         groups = by_name
     return groups
@@ -188,14 +193,12 @@ def choose_split(base: str, groups: Mapping[str, list[str]], for_tasks: bool) ->
 
 def is_data(name: str) -> bool:
     """Whether a file may be meant as data: it is not hidden and does not only describe the data set."""
-    file = name.rpartition("/")[2]
-    return not file.startswith(".") and not NO_ROWS.fullmatch(file)
+    return not re.search(r"(^|/)\.", name) and not NO_ROWS.fullmatch(name.rpartition("/")[2])
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file that could be read is hidden, and is not what macOS writes beside each file."""
-    file = name.rpartition("/")[2]
-    return file.startswith(".") and not file.startswith("._") and READABLE.search(file) is not None
+    return bool(re.search(r"(^|/)\.(?!_)", name) and READABLE.search(name))
 
 
 def choose_configuration(name: str, base: str, configs: Mapping[str, Any], choices: list[str]) -> str:
@@ -225,10 +228,10 @@ def select(name: str, revision: str = "", for_tasks: bool = False) -> Selection:
     others += [n for n in names if n not in rows and (is_data(n) or is_hidden(n))]
     check_readable(base, rows, others)
     unasked, key = not choices, choose_configuration(name, base, configs, choices)
-    part, groups = [f"configuration {key}"] * bool(key), group_files(configs.get(key, {}), card, names if key else rows)
+    part, groups = [f"configuration {key}"] * bool(key), group_files(configs.get(key, {}), card, names)
     if choices and not find_splits(choices[0], groups) and any(n.startswith(f"{choices[0]}/") for n in rows):
         key, configs = choices.pop(0), {}
-        part, groups = [f"folder {key}"], group_files({"data_dir": key}, card, rows)
+        part, groups = [f"folder {key}"], group_files({"data_dir": key}, card, names)
     inside = f"{base}:{key}" if key and len(configs) != 1 else base
     if choices and (len(choices) > 1 or not find_splits(choices[0], groups)):
         there = shorten([f"{inside}:{split or 'train'}" for split in groups], 20)

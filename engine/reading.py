@@ -220,7 +220,7 @@ def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
     return with_whole_numbers(rows, lambda value: value == "")
 
 
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = {"system", "system_prompt", "system_message", "system_instruction", "developer"}
 TOOLS = {"tool", "function", "function_call", "observation", "tool_call", "tool_response"}
 KNOWN_FORMS = (
     f"known are lists of turns (role, content or from, value) in {', '.join(CHATS + MORE_CHATS)}; or "
@@ -267,8 +267,8 @@ def read_pair(place: str, parsed: Parsed, need_answer: bool = True) -> tuple[str
     question = "\n".join(check_text(where("question", text, columns), text) for text in texts)
     turn = turns[answered] if answered is not None else {}
     answer = turn.get("content")
-    if need_answer and turn.get("tool_calls") and not answer:
-        raise RecipeError(f"{place}: the answer ({columns[0]}) only calls a tool (tool_calls); delete the row")
+    if need_answer and (turn.get("tool_calls") or turn.get("function_call")) and not answer:
+        raise RecipeError(f"{place}: the answer ({columns[0]}) only calls a tool; delete the row")
     answer = check_text(where("answer", answer, columns[::-1]), answer, or_number=True) if need_answer else answer
     return ", ".join([*columns, *form_notes(parsed, asked, answered)]), question, answer
 
@@ -296,7 +296,9 @@ def form_notes(parsed: Parsed, asked: Sequence[int], answered: int | None) -> li
     notes = {
         "begun by the assistant": "assistant" in roles[: asked[0]],
         "user turns in a row joined": len(asked) > 1,
-        "without the system text": "system" in roles or any(parsed.row.get(name) for name in SYSTEMS),
+        "without the system text": bool(
+            SYSTEMS & {*roles, *(str(name).lower() for name, value in parsed.row.items() if value)}
+        ),
         "without the tool calls": bool(TOOLS & set(roles[asked[-1] : answered])),
         "first question of several": roles.count("user") > len(asked),
     }
