@@ -179,10 +179,11 @@ def group_files(config: Mapping[str, Any], card: Path, names: Sequence[str]) -> 
 
 
 def choose_split(base: str, groups: Mapping[str, list[str]], for_tasks: bool) -> str:
-    """The split that is read if none is named: train, or the only one that is not held out, or for tasks the only one
-    at all; RecipeError if it is unclear.
+    """The split that is read if none is named: train, or the only one that may be meant; RecipeError if it is unclear.
+
+    Held-out splits are meant only `for_tasks`, and not beside train.
     """
-    free = [split for split in groups if not is_held_out(split) or (for_tasks and len(groups) == 1)]
+    free = [split for split in groups if not is_held_out(split) or (for_tasks and "train" not in groups)]
     if len(free) == 1 or ("train" in free and "" not in free):
         return "train" if "train" in free else free[0]
     held = "; ".join(f"{shorten(names)} of {f'split {s}' if s else 'no split'}" for s, names in groups.items())

@@ -108,6 +108,9 @@ def test_a_held_out_split_is_read_only_when_it_is_named(tmp_path, held):
     assert rows is None and f"name one: {tmp_path}:{split}" in said
     tasks = helpers.files.load_tasks(str(tmp_path))  # such as elyza/ELYZA-tasks-100, which has no other split
     assert [task["input"] for task in tasks] == out
+    write(tmp_path, "baseline.jsonl")
+    with pytest.raises(RecipeError, match="several splits could be meant"):
+        helpers.files.load_tasks(str(tmp_path))
 
 
 def test_a_card_that_lists_the_test_split_first_gives_the_training_split(tmp_path):
