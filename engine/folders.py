@@ -221,7 +221,8 @@ def select(name: str, revision: str = "", for_tasks: bool = False) -> Selection:
         if choices:
             raise RecipeError(f"{name}: {base} is one file, in which there is no {':'.join(choices)}; name it alone")
         return Selection([Path(base)])
-    folder, others = (Path(base), []) if os.path.isdir(base) else download(base, revision)
+    own = os.path.isdir(base)
+    folder, others = (Path(base), []) if own else download(base, revision)
     names, configs, card = list_files(folder), read_card(folder), folder / "README.md"
     if len(choices) == 1 and choices[0] in names and choices[0] not in configs:
         return Selection([folder / choices[0]], folder)
@@ -237,8 +238,10 @@ def select(name: str, revision: str = "", for_tasks: bool = False) -> Selection:
     if choices and (len(choices) > 1 or not find_splits(choices[0], groups)):
         there = shorten([f"{inside}:{split or 'train'}" for split in groups], 20)
         raise RecipeError(f"{name}: there is no {':'.join(choices)}; name one of {there}, or a file in it")
-    split = find_splits(choices[0], groups)[0] if choices else choose_split(inside, groups, for_tasks)
-    if unasked and not configs and (unread := [n for n in others if OTHER_ROWS.search(n)]):
+    # On the hub files of no split count only where none has one; in a folder of one's own they may well be meant.
+    meant = {s: files for s, files in groups.items() if s or own or len(groups) == 1}
+    split = find_splits(choices[0], groups)[0] if choices else choose_split(inside, meant, for_tasks)
+    if own and unasked and not configs and (unread := [n for n in others if OTHER_ROWS.search(n)]):
         raise RecipeError(
             f"{base}: {shorten(unread)} may hold rows, too, and cannot be read; save such files as JSON Lines or "
             f"Parquet, or read the others alone: {base}:{split or 'train'}"

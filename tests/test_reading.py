@@ -441,30 +441,57 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub_data_set_gives_the_rows_as_they_are_and_is_read_again_without_network(tmp_path):
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with one data set, whose files are a dictionary; call it with a name to read, online or offline."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = {
-        "data/train.jsonl": lines(MIXED),
-        "data/test.jsonl": lines([ROW]),
-        "model.bin": b"0" * 9,
-        "README.md": b"#",
-    }
-    server.asked = []
+    server.files, server.asked = {"README.md": b"#", "model.bin": b"0" * 9}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     home = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    code = "import json, helpers; rows = helpers.files.load_rows('me/rows', 'main'); print(json.dumps(rows))"
-    try:
-        for offline in "01":
-            environment = os.environ | home | {"HF_HUB_OFFLINE": offline}
-            command = [sys.executable, "-c", code]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            *said, rows = done.stdout.splitlines()
-            assert json.loads(rows) == MIXED
-            assert said[0] == "me/rows: 3 rows of split train read from 1 file: data/train.jsonl (3)"
-            assert said[1].startswith("me/rows: not read: split test (data/test.jsonl)")
-        assert "model.bin" not in server.asked
-    finally:
-        server.shutdown()
+
+    def read(name, offline="0", function="load_rows"):
+        code = f"import json, helpers; rows = helpers.files.{function}({name!r}); print(json.dumps(rows))"
+        environment = os.environ | home | {"HF_HUB_OFFLINE": offline}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        return done.stdout.splitlines() if done.returncode == 0 else done.stderr.splitlines()[-1:]
+
+    yield server, read
+    server.shutdown()
+
+
+def test_a_hub_data_set_gives_the_rows_as_they_are_and_is_read_again_without_network(hub):
+    server, read = hub
+    server.files |= {"data/train.jsonl": lines(MIXED), "data/test.jsonl": lines([ROW])}
+    for offline in "01":
+        *said, rows = read("me/rows", offline)
+        assert json.loads(rows) == MIXED
+        assert said[0] == "me/rows: 3 rows of split train read from 1 file: data/train.jsonl (3)"
+        left = "split test (data/test.jsonl)" + ("" if offline == "1" else "; model.bin")
+        assert said[1] == f"me/rows: not read: {left}"
+    assert json.loads(read("me/rows:test", "1")[-1]) == [ROW]
+    assert "model.bin" not in server.asked
+
+
+def test_on_the_hub_files_of_no_split_are_read_only_where_there_is_no_other(hub):
+    """As its viewer shows them: elyza/ELYZA-tasks-100 has answers of models beside test.csv."""
+    server, read = hub
+    server.files |= {"test.csv": table([ROW]), "baseline/A.JSONL": lines([ROW | {"input": "川は？"}])}
+    *said, rows = read("me/rows", function="load_tasks")
+    assert json.loads(rows) == [{"task_id": 0, **ROW}]
+    assert said[1] == "me/rows: not read: no split (baseline/A.JSONL); model.bin"
+    assert "all its files are held out for validation or test" in read("me/rows")[0]
+    assert json.loads(read("me/rows:baseline/A.JSONL")[-1])[0]["input"] == "川は？"
+
+
+def test_a_configuration_of_a_hub_data_set_is_named(hub):
+    server, read = hub
+    configs = [{"config_name": name, "data_files": f"{name}/*"} for name in ("ja", "en")]
+    server.files |= {f"{name}/a.jsonl": lines([ROW | {"id": name}]) for name in ("ja", "en")}
+    server.files["README.md"] = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
+    assert read("me/rows")[0].endswith("several configurations; name one: me/rows:ja, me/rows:en")
+    assert json.loads(read("me/rows:ja")[-1]) == [ROW | {"id": "ja"}]
 
 
 MIXED = [
