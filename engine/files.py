@@ -216,7 +216,8 @@ def hashes(product: str | Path) -> dict[str, str]:
     if product.is_file():
         return {product.name: sha256(product)}
     left_out = re.compile(r"(^|/)(\.|(record\.json|readme\.md|thumbs\.db|desktop\.ini)$)|\.part$", re.IGNORECASE)
-    found = {name: sha256(product / name) for name in folders.list_files(product) if not left_out.search(name)}
+    names = folders.list_files(product) if product.is_dir() else []
+    found = {name: sha256(product / name) for name in names if not left_out.search(name)}
     with suppress(RecipeError):  # it is said where the rows are read
         if configs := folders.read_card(product):
             found["README.md, configs"] = hashlib.sha256(json_text(configs).encode()).hexdigest()

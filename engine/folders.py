@@ -13,6 +13,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,10 +231,10 @@ def select(name: str, revision: str = "", for_tasks: bool = False) -> Selection:
     others += [n for n in names if n not in rows and (is_data(n) or is_hidden(n))]
     check_readable(base, rows, others)
     unasked, key = not choices, choose_configuration(name, base, configs, choices)
-    part, groups = [f"configuration {key}"] * bool(key), group_files(configs.get(key, {}), card, names)
+    words, groups = f"configuration {key}" * bool(key), group_files(configs.get(key, {}), card, names)
     if choices and not find_splits(choices[0], groups) and any(n.startswith(f"{choices[0]}/") for n in rows):
         key, configs = choices.pop(0), {}
-        part, groups = [f"folder {key}"], group_files({"data_dir": key}, card, names)
+        words, groups = f"folder {key}", group_files({"data_dir": key}, card, names)
     inside = f"{base}:{key}" if key and len(configs) != 1 else base
     if choices and (len(choices) > 1 or not find_splits(choices[0], groups)):
         there = shorten([f"{inside}:{split or 'train'}" for split in groups], 20)
@@ -241,16 +242,23 @@ def select(name: str, revision: str = "", for_tasks: bool = False) -> Selection:
     # On the hub files of no split count only where none has one; in a folder of one's own they may well be meant.
     meant = {s: files for s, files in groups.items() if s or own or len(groups) == 1}
     split = find_splits(choices[0], groups)[0] if choices else choose_split(inside, meant, for_tasks)
-    if own and unasked and not configs and (unread := [n for n in others if OTHER_ROWS.search(n)]):
+    if own and unasked and not configs:
+        check_others(base, split, others)
+    named = set(chain.from_iterable(groups.values()))
+    left_out = [f"{f'split {s}' if s else 'no split'} ({shorten(files)})" for s, files in groups.items() if s != split]
+    left_out += [f"configuration {other}" for other in configs if other != key]
+    left_out += [shorten([n for n in rows if n not in named]), shorten(others)]
+    part = ", ".join(filter(None, [words, f"split {split}" * bool(split)]))
+    return Selection([folder / n for n in groups[split]], folder, part, list(filter(None, left_out)))
+
+
+def check_others(base: str, split: str, others: Iterable[str]) -> None:
+    """RecipeError if files beside those of `split` may hold rows and cannot be read."""
+    if unread := [name for name in others if OTHER_ROWS.search(name)]:
         raise RecipeError(
             f"{base}: {shorten(unread)} may hold rows, too, and cannot be read; save such files as JSON Lines or "
             f"Parquet, or read the others alone: {base}:{split or 'train'}"
         )
-    part += [f"split {split}"] * bool(split)
-    left_out = [f"{f'split {s}' if s else 'no split'} ({shorten(files)})" for s, files in groups.items() if s != split]
-    left_out += [f"configuration {other}" for other in configs if other != key]
-    left_out += [shorten([n for n in rows if not any(n in files for files in groups.values())]), shorten(others)]
-    return Selection([folder / n for n in groups[split]], folder, ", ".join(part), list(filter(None, left_out)))
 
 
 def find_splits(wanted: str, groups: Mapping[str, list[str]]) -> list[str]:

@@ -188,7 +188,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 def with_whole_numbers(rows: list[dict[str, Any]], is_missing: Callable[[Any], bool]) -> list[dict[str, Any]]:
     """Rows of a table in which whole numbers that pandas wrote as 5.0, because others are missing, are whole again."""
     for column in rows[0] if rows else ():
-        values = [row[column] for row in rows] if column.lower() in (*ANSWERS, *CONTEXTS) else []
+        values = [row[column] for row in rows] if column.lower() in (*ANSWERS, *MORE_ANSWERS, *CONTEXTS) else []
         held = [value for value in values if not is_missing(value)]
         if held and len(held) < len(values) and all(re.fullmatch(r"-?\d{1,15}\.0", str(value)) for value in held):
             for row, value in zip(rows, values, strict=True):
