@@ -60,6 +60,7 @@ QUESTIONS, MORE_QUESTIONS = ("instruction", "question", "prompt", "input"), ("pr
 CONTEXTS = ("input", "context")
 ANSWERS, MORE_ANSWERS = ("response", "output", "answer", "completion"), ("solution", "targets", "target")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+PARTS = ("text", "input_text", "output_text")
 TURN_KEYS = {"role": ("from", "speaker", "name"), "content": ("value", "text")}
 # The keys of a turn that holds a question and its answer, in the order of the turns that it becomes.
 SIDES = {"system": "system", "human": "user", "user": "user", "input": "user"}
@@ -78,7 +79,7 @@ def read_turn(turn: Any) -> Any:
     if "role" in turn and turn["role"] not in ("user", "assistant"):
         turn = turn | {"role": ROLES.get(turn["role"], turn["role"]) if isinstance(turn["role"], str) else ""}
     parts = turn.get("content")  # OpenAI's form: [{"type": "text", "text": ...}, ...]
-    if isinstance(parts, list) and parts and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+    if isinstance(parts, list) and parts and all(isinstance(p, dict) and p.get("type") in PARTS for p in parts):
         texts = [part.get("text") for part in parts]
         turn = turn | {"content": "\n".join(texts)} if all(isinstance(text, str) for text in texts) else turn
     return turn

@@ -715,8 +715,12 @@ anything = st.recursive(
     max_leaves=4,
 )
 known_rows = st.builds(lambda form, q: FORMS[form](q), st.sampled_from(list(FORMS)), st.sampled_from(QUESTIONS))
-names = st.sampled_from([*helpers.CHATS, *helpers.QUESTIONS, *helpers.CONTEXTS, *helpers.ANSWERS, "history", "id"])
-broken_turns = st.fixed_dictionaries({}, optional=dict.fromkeys(("role", "from", "content", "value"), anything))
+CLASSIC = [*helpers.CHATS, *helpers.QUESTIONS, *helpers.CONTEXTS, *helpers.ANSWERS, "history", "id"]
+MORE = [*helpers.MORE_CHATS, *helpers.MORE_QUESTIONS, *helpers.MORE_ANSWERS, "reference", "Question", "Input", "Output"]
+names = st.sampled_from(CLASSIC + MORE)
+broken_turns = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("role", "from", "content", "value", "name", "text", "human", "assistant"), anything)
+)
 wild_rows = st.dictionaries(names, anything | st.lists(broken_turns | anything, max_size=3), max_size=4)
 spoiled_rows = st.builds(lambda row, more: row | more, known_rows, wild_rows)
 
