@@ -12,6 +12,7 @@ A room is reached through this module and imported when it is first named: `help
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import json
@@ -51,33 +52,65 @@ def digest(value: Any) -> str:
 # 1. Rows
 # --------------------------------------------------------------------------------------------------------------------
 
-# The forms of rows. The texts stand in a list of turns (with role and content, or from and value), or the question,
-# further text that belongs to it, and the answer stand in columns of their own.
-CHATS = ("conversations", "messages", "conversation")
-QUESTIONS = ("instruction", "question", "prompt", "input")
+# The forms of rows. The texts stand in a list of turns (with role and content, or other names for them), or the
+# question, further text that belongs to it, and the answer stand in columns of their own. The names in MORE_ say less:
+# they count only where none of the others is there. Names of columns may be capitalised.
+CHATS, MORE_CHATS = ("conversations", "messages", "conversation"), ("utterances", "turns")
+QUESTIONS, MORE_QUESTIONS = ("instruction", "question", "prompt", "input"), ("problem", "inputs", "query", "text")
 CONTEXTS = ("input", "context")
-ANSWERS = ("response", "output", "answer", "completion")
+ANSWERS, MORE_ANSWERS = ("response", "output", "answer", "completion"), ("solution", "targets", "target")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-KNOWN_FORMS = (
-    f"known are lists of turns (role, content or from, value) in {', '.join(CHATS)}; or {', '.join(QUESTIONS)} for the "
-    f"question, with {' or '.join(CONTEXTS)} for what belongs to it, and {', '.join(ANSWERS)} for the answer"
-)
+PARTS = ("text", "input_text", "output_text")
+TURN_KEYS = {"role": ("from", "speaker", "name"), "content": ("value", "text")}
+# The keys of a turn that holds a question and its answer, in the order of the turns that it becomes.
+SIDES = {"system": "system", "human": "user", "user": "user", "input": "user"}
+SIDES |= dict.fromkeys(("assistant", "gpt", "output"), "assistant")
 
 
 def read_turn(turn: Any) -> Any:
     """A turn with the keys role ("user", "assistant" or others) and content, whatever it calls them."""
-    if not isinstance(turn, dict) or turn.get("role") in ("user", "assistant"):
+    if not isinstance(turn, dict):
         return turn
-    names = {} if "role" in turn else {"from": "role", "value": "content"}
-    turn = {names.get(key, key): value for key, value in turn.items()}
-    if "role" in turn:
-        turn["role"] = ROLES.get(turn["role"], turn["role"]) if isinstance(turn["role"], str) else ""
+    for key, others in () if "role" in turn and "content" in turn else TURN_KEYS.items():
+        if key not in turn and (used := next((name for name in others if name in turn), "")):
+            turn = {key if name == used else name: value for name, value in turn.items()}
+            if key == "role" and isinstance(turn["role"], str):
+                turn["role"] = turn["role"].lower()
+    if "role" in turn and turn["role"] not in ("user", "assistant"):
+        turn = turn | {"role": ROLES.get(turn["role"], turn["role"]) if isinstance(turn["role"], str) else ""}
+    parts = turn.get("content")  # OpenAI's form: [{"type": "text", "text": ...}, ...]
+    if isinstance(parts, list) and parts and all(isinstance(p, dict) and p.get("type") in PARTS for p in parts):
+        texts = [part.get("text") for part in parts]
+        turn = turn | {"content": "\n".join(texts)} if all(isinstance(text, str) for text in texts) else turn
     return turn
 
 
 def has_role(turn: Any) -> bool:
     """Whether what `read_turn` returns is a turn."""
     return isinstance(turn, dict) and "role" in turn
+
+
+def read_turns(value: Any) -> list[Any] | None:
+    """The turns in a column, which is a list, a dictionary of lists, or either as text of JSON or Python; else None."""
+    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(value) if isinstance(value, str) else value
+    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
+        with suppress(ValueError):  # as datasets stores a Sequence
+            value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+    if not isinstance(value, list):
+        return None
+    turns = list(map(read_turn, value))
+    if any(isinstance(turn, dict) and "role" not in turn for turn in turns):
+        turns = [part for turn in turns for part in split_turn(turn)]
+    return turns
+
+
+def split_turn(turn: Any) -> list[Any]:
+    """The turns in one that holds question and answer (of ms-swift: {"human": ..., "assistant": ...}), else itself."""
+    sides = {name: side for name, side in SIDES.items() if turn.get(name)} if isinstance(turn, dict) else {}
+    both = not has_role(turn) and {"user", "assistant"} <= set(sides.values())
+    return [{"role": side, "content": turn[name]} for name, side in sides.items()] if both else [turn]
 
 
 class Parsed(NamedTuple):
@@ -88,31 +121,50 @@ class Parsed(NamedTuple):
     turns: list[Any]  # see `read_turn`
 
 
+def read_chat(row: dict[str, Any], names: Iterable[str]) -> Parsed:
+    """A row with the first of these columns that holds turns, or an empty list only if there is no better one."""
+    chats = {name: turns for name in names if name in row and (turns := read_turns(row[name])) is not None}
+    name = next((name for name, turns in chats.items() if turns), next(iter(chats), ""))
+    turns = chats.get(name, [])
+    if name == "turns" and all(isinstance(turn, str) for turn in turns):  # MT-bench: questions, and answers to some
+        answers = [*(read_turns(row.get("reference")) or []), *[None] * len(turns)]
+        turns = _alternating(text for pair in zip(turns, answers, strict=False) for text in pair)
+    return Parsed(row, (name,) if chats else (), turns)
+
+
+def _alternating(texts: Iterable[Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts, strict=False)]
+
+
 def parse_row(row: dict[str, Any], columns_first: bool = False) -> Parsed:
     """A row with its form. Of a list of turns and columns with question and answer the list is taken, or with
     `columns_first` the columns.
     """
-    chat = Parsed(row, (), [])
-    for name in CHATS:
-        turns = row.get(name)
-        if isinstance(turns, str):
-            with suppress(ValueError, RecursionError):
-                turns = json.loads(turns)
-        if isinstance(turns, list):
-            chat = Parsed(row, (name,), [read_turn(turn) for turn in turns])
-            break
+    chat = read_chat(row, CHATS)
     if chat.columns and not columns_first:
         return chat
 
-    def first(names: Iterable[str]) -> tuple[str, ...]:  # a column that is null only if there is no better one
-        return tuple(sorted((name for name in names if name in row), key=lambda name: row[name] is None)[:1])
+    lower = {name: name if chat.columns else str(name).lower() for name in row}  # names beside turns are exact
+
+    def first(names: tuple[str, ...]) -> tuple[str, ...]:  # a column that is null only if there is no better one
+        known = [name for name in row if lower[name] in names]
+        found = [(row[name] is None, name not in names, names.index(lower[name]), name) for name in known]
+        return (min(found)[3],) if found else ()
 
     question, answer = first(QUESTIONS), first(ANSWERS)
+    if not chat.columns:
+        if not question and (chat := read_chat(row, MORE_CHATS)).columns:
+            return chat
+        answer = first(ANSWERS + MORE_ANSWERS)
+        question = first(QUESTIONS + (MORE_QUESTIONS if answer else MORE_QUESTIONS[:-1]))  # text alone asks nothing
     if not question or (chat.columns and (not answer or row[answer[0]] is None)):
         return chat
     # A row that has a conversation as well is one of notebook 2, whose instruction is already the whole question.
-    context = tuple(name for name in CONTEXTS if name not in question and row.get(name) and not chat.columns)
-    parts = [row[name] for name in question + context]
+    capitalised = not question[0].islower()
+    contexts = [n for c in CONTEXTS for n in row if n == c or (capitalised and isinstance(n, str) and n.lower() == c)]
+    contexts = [n for n in contexts if n not in question and (row[n] or is_number(row[n]))]
+    context = () if chat.columns else tuple(contexts)
+    parts = [row[question[0]], *(str(row[name]) if is_number(row[name]) else row[name] for name in context)]
     wrong = [part for part in parts if not isinstance(part, str)]
     texts = [wrong[0] if wrong else "\n".join(filter(None, parts))]
     texts += [str(row[name]) if is_number(row[name]) else row[name] for name in answer]
@@ -120,50 +172,22 @@ def parse_row(row: dict[str, Any], columns_first: bool = False) -> Parsed:
     if isinstance(history, list) and history:  # the turns before, as LLaMA-Factory stores them: a list of pairs
         texts = [text for pair in history if isinstance(pair, list) for text in pair[:2]] + texts
         columns += ("history",)
-    turns = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts)]
-    return Parsed(row, columns, turns)
+    return Parsed(row, columns, _alternating(texts))
+
+
+def first_pair(turns: Sequence[Mapping[str, Any]]) -> tuple[list[int], int | None]:
+    """Where the first question (one user turn, or several before an answer) and the answer to it stand in `turns`."""
+    asked: list[int] = []
+    for number, turn in enumerate(turns):
+        if turn["role"] == "assistant" and asked:
+            return asked, number
+        asked += [number] if turn["role"] == "user" else []
+    return asked, None
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number: its digits are what is meant where a text is wanted."""
     return isinstance(value, Number) and not isinstance(value, (bool, complex)) and math.isfinite(value)
-
-
-def check_text(where: str, value: Any, or_number: bool = False) -> str:
-    """The text `value`, or with `or_number` a number's digits; RecipeError (beginning with `where`) for all else."""
-    if or_number and is_number(value):
-        return str(value)
-    if not isinstance(value, str):
-        kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
-        found = kinds.get(type(value), type(value).__name__)
-        raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
-    if half := re.search("[\ud800-\udfff]", value):
-        found = f"U+{ord(half[0]):04X}, half a surrogate pair"
-        raise RecipeError(f"{where} holds {found}, which UTF-8 cannot hold; correct the text")
-    return value
-
-
-def read_pair(place: str, parsed: Parsed, need_answer: bool = True) -> tuple[str, str, Any]:
-    """The form of a row, its first question and its first answer, which without `need_answer` is returned as it is.
-
-    RecipeError, beginning with `place`, for an unknown form and for a question or answer that is no text.
-    """
-    row, columns, turns = parsed
-    form = ", ".join(columns)
-    for number, turn in enumerate(turns, start=1):
-        if not has_role(turn):
-            raise RecipeError(f"{place}: turn {number} of {form} has no role; {KNOWN_FORMS}")
-    roles = [turn["role"] for turn in turns]
-    for role, part in (("user", "question"), ("assistant", "answer"))[: 1 + need_answer]:
-        if role not in roles:
-            in_turns = columns and columns[0] in CHATS
-            held = f"roles in {form} are {roles[:20]}" if in_turns else f"columns are {sorted(map(str, row))[:20]}"
-            raise RecipeError(f"{place}: no {part} found; its {held}; {KNOWN_FORMS}")
-    form += ", without the system text" if "system" in roles else ""
-    form += ", first question of several" if roles.count("user") > 1 else ""
-    texts = {turn["role"]: turn.get("content") for turn in reversed(turns)}
-    question, answer = check_text(f"{place}: the question ({columns[0]})", texts["user"]), texts.get("assistant")
-    return form, question, check_text(f"{place}: the answer ({form})", answer, True) if need_answer else answer
 
 
 class Text(NamedTuple):
@@ -893,14 +917,17 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "hub", "judge", "kept_layers", "lora")
-ROOMS += ("machine", "models", "parameters", "records", "reports", "retrieval", "slots", "training")
+ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "folders", "hub", "judge", "kept_layers")
+ROOMS += ("lora", "machine", "models", "parameters", "reading", "records", "reports", "retrieval", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
-    from engine import answers, attention, checkpoints, decoding, files, hub, judge, kept_layers, lora  # noqa: F401
+    from engine import answers, attention, chat, checkpoints, decoding, files, folders, hub, judge  # noqa: F401
 
     # isort: split
-    from engine import machine, models, parameters, records, reports, retrieval, slots, training  # noqa: F401
+    from engine import kept_layers, lora, machine, models, parameters, reading, records, reports  # noqa: F401
+
+    # isort: split
+    from engine import retrieval, slots, training  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:

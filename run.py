@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from engine import files, records, reports
+from engine import files, folders, records, reports
 from helpers import RecipeError, digest
 from run_file import read_notebook, read_run
 
@@ -66,7 +66,8 @@ def written_since(output_dir: Path, started: float) -> dict[str, dict]:
 
 def contents(value: object) -> str:
     """What a parameter names, if it is a file or folder: a hash that changes with it; else ""."""
-    return digest(files.hashes(str(value))) if os.path.exists(str(value)) else ""
+    path, _ = folders.parse_name(str(value))
+    return digest(files.hashes(path)) if os.path.exists(path) else ""
 
 
 def why_run(record: dict, parts: dict, executed: Path) -> str:

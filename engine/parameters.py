@@ -7,9 +7,12 @@ from typing import Any
 
 from helpers import ANY_TEXT, MANY, SWITCH, RecipeError, Text, wrong_values
 
-NAME = Text(r"(?![~\s]).*\S", "the name of a file, a folder or a hub repository, without ~ and spaces at its ends")
+NAME = Text(
+    r"(?![~\s])[^\0-\x1f\x7f]+(?<!\s)",
+    "the name of a file, a folder or a hub repository, without ~ and spaces at its ends",
+)
 NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
-
+NAMES = (NAME, NAME_OR_EMPTY)
 
 # What each parameter may be: text, a whole number of a range, a real number from a smallest to a largest value, or a
 # choice from a list. The upper limits catch slips of the hand.
@@ -54,10 +57,13 @@ def check(values: Mapping[str, Any], section: str = "") -> None:
     """
     problems = []
     for name, words in wrong_values(values, ALLOWED).items():
-        value, allowed, quoted = values[name], ALLOWED[name], ""
-        if not isinstance(value, str) and (isinstance(allowed, Text) or isinstance(allowed[0], str)):
-            text = "" if value is None else value
-            quoted = f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
-        problems.append(f"{section}{name} must be {words}{quoted}; it is {value!r}")
+        value, allowed, remedy = values[name], ALLOWED[name], ""
+        if isinstance(value, list | tuple | dict | set):
+            remedy = " (for several files: name the folder that holds them)" if allowed in NAMES else ", one alone"
+        elif not isinstance(value, str):
+            text = "" if value is None else str(value)
+            if not wrong_values({name: text}, {name: allowed}):  # the advice must work
+                remedy = f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
+        problems.append(f"{section}{name} must be {words}{remedy}; it is {value!r}")
     if problems:
         raise RecipeError("; ".join(problems))
