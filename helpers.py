@@ -23,8 +23,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from itertools import cycle, islice
 from numbers import Number
 from types import ModuleType
@@ -218,13 +218,17 @@ REASONS = (
     "empty",  # a field holds nothing but white space
     "ng string",  # a string of the NG list
     "rare character",  # a character that the whole data set hardly uses
-    "not cp932",  # a character that cannot be written in Japanese Windows' code page 932
+    "foreign character",  # a character that Japanese text does not use, see `is_japanese`
+    "pattern",  # a regular expression of the rules file; its name takes the place of this word
+    "loop",  # the same text again and again, see `repeated_text`
+    "repeats the question",  # see `repeats_question`
     "unreadable",  # a control character or half a surrogate pair: cld2 or UTF-8 refuses it
-    "not Japanese",  # cld2 finds too little Japanese
+    "not Japanese",  # cld2 finds too little Japanese, and its script does not decide either
+    "duplicate",  # an earlier row has the same texts, see `row_key`
     "rare afterwards",  # a character that the rows kept so far hardly use
 )
 Problem = tuple[str, str, str]  # (reason, field, matched string)
-_VOICED_KANA = re.compile("[ぁ-ヿ][\u3099\u309a]")
+_MARKERS = " \u3000\t0123456789０１２３４５６７８９.．)）、,・-*#>|：:①②③④⑤⑥⑦⑧⑨⑩"  # before a line of a list
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
 
 
@@ -234,15 +238,22 @@ class FilterRules:
 
     replacements: tuple[tuple[str, str], ...]  # (old, new): applied one after the other to every text
     ng: tuple[str, ...]  # a row that holds one of these strings is dropped
+    # Regular expressions by name; all texts are judged by those of "text", turns of the user also by "question", turns
+    # of the assistant also by "answer".
+    patterns: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     rare_below: int = 20  # drop rows with a character that occurs fewer times than this in all rows; 0 is off
     rare_after_below: int = 10  # the same once more, counted over the rows that passed all other rules; 0 is off
     japanese_percent: int = 60  # the least share of Japanese, in percent of bytes, that cld2 must find in each text
+    characters: str = "any"  # that a row may hold: any, those of cp932 (Japanese Windows), or japanese (`is_japanese`)
+    characters_also: str = ""  # characters that pass nevertheless
     all_turns: bool = False  # judge every turn, not only the first question and the first answer
     clean_conversations: bool = False  # apply the replacements to the column `conversations`, too
-    compose_kana: bool = False  # write a kana and a combining voice mark as one character: か + ゛ becomes が
+    plain_looks: bool = False  # write what only looks different in its plain form, see LOOKS: か + ゛ becomes が
     plain_text: bool = False  # let cld2 read every character; without, it takes the text for HTML and skips tags
-    cp932_only: bool = False  # drop rows with a character that Japanese Windows (cp932) cannot write
-    cp932_also: str = ""  # characters that `cp932_only` lets pass nevertheless
+    script_decides: bool = False  # let texts pass that are Japanese by their script (`japanese_by_script`)
+    loops: bool = False  # drop rows with an answer that repeats itself
+    echoes: bool = False  # drop rows with an answer that repeats the question
+    duplicates: bool = False  # drop rows with the texts of an earlier row
 
     def __post_init__(self) -> None:
         def texts(value: Any) -> bool:
@@ -267,24 +278,66 @@ class FilterRules:
         return any_string(old for old, _ in self.replacements)
 
     def normal(self, text: str) -> str:
-        """The text in the Unicode form in which it is judged. NFC as a whole would rewrite kanji of names, too."""
-        if self.compose_kana and ("\u3099" in text or "\u309a" in text):
-            return _VOICED_KANA.sub(lambda kana: unicodedata.normalize("NFC", kana.group()), text)
+        """The text in the form in which it is judged. Unicode's NFC as a whole would rewrite kanji of names, too."""
+        if self.plain_looks and ANY_LOOKS.search(text):
+            text = VOICED_KANA.sub(lambda kana: unicodedata.normalize("NFC", kana[0]), text).translate(LOOKS)
         return text
 
     def composed(self, string: str) -> str:
         """A string of the rules file, which an editor may have saved with accents and voice marks of their own."""
-        decomposed = self.compose_kana and any(map(unicodedata.combining, string))
+        decomposed = self.plain_looks and any(map(unicodedata.combining, string))
         return unicodedata.normalize("NFC", string) if decomposed else string
 
 
-# What the values of a rules file may be, beside its two lists (see PARAMETERS).
+# What the values of a rules file may be, beside its lists and patterns (see PARAMETERS).
 RULES: dict[str, list | range | tuple[float, float] | Text] = {
     **dict.fromkeys(("rare_below", "rare_after_below"), range(MANY)),
     "japanese_percent": range(101),
-    **dict.fromkeys(("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only"), SWITCH),
-    "cp932_also": ANY_TEXT,
+    "characters": ["any", "cp932", "japanese"],
+    "characters_also": ANY_TEXT,
+    **dict.fromkeys(("all_turns", "clean_conversations", "plain_looks", "plain_text", "script_decides"), SWITCH),
+    **dict.fromkeys(("loops", "echoes", "duplicates"), SWITCH),
 }
+
+
+# What only looks different, and its plain form: spaces of other widths; hyphens that do not break; what cannot be seen;
+# kanji drawn as radicals or for compatibility, ligatures, letters as mathematical signs.
+LOOKS = dict.fromkeys((0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F), " ")
+LOOKS |= {0x2010: "-", 0x2011: "-", 0x2028: "\n", 0x2029: "\n", 0xAD: "", 0x20E3: "", 0xFEFF: ""}
+for start, end in ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF)):
+    LOOKS |= dict.fromkeys(range(start, end + 1), "")
+for code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFADA), *range(0xFB00, 0xFB07), *range(0x1D400, 0x1D800)):
+    if not chr(code).encode("cp932", "ignore"):  # 神 and others that Japanese Windows writes stay: names need them
+        LOOKS[code] = unicodedata.normalize("NFKC", chr(code))
+VOICED_KANA = re.compile("[ぁ-ヿ][\u3099\u309a]")
+
+
+@cache
+def japanese_characters(which: str) -> set[str]:
+    """The characters that Japanese Windows ("cp932") writes, or all of which `is_japanese` is true."""
+    codes = map(chr, (*range(0x10000), *range(0x20000, 0x2A6E0)))
+    return set(filter(in_cp932 if which == "cp932" else is_japanese, codes))
+
+
+def in_cp932(character: str) -> bool:
+    """Whether Japanese Windows writes a character. Its private use means something else to everyone."""
+    return bool(character.encode("cp932", "ignore")) and not "\ue000" <= character <= "\uf8ff"
+
+
+def is_japanese(character: str) -> bool:
+    """Whether Japanese text uses a character: Japanese Windows writes it (but Cyrillic), it is a kanji, a kana or a
+    sign of the standard JIS X 0213, a Latin letter of Western Europe, or a common sign that is no emoji: punctuation,
+    mathematics, currencies, numbers such as ² and ₂, arrows, shapes.
+    """
+    if in_cp932(character):
+        return not "Ѐ" <= character <= "ӿ"
+    jis, category = len(character.encode("euc_jis_2004", "ignore")) > 1, unicodedata.category(character)
+    if category[0] == "L":
+        return (jis and category == "Lo") or "À" <= character <= "ÿ" or "\u2070" <= character <= "\u2138"
+    if category == "So":  # of pictures only those that the standard knows
+        return jis or ("\u2190" <= character <= "\u25ff" and unicodedata.east_asian_width(character) != "W")
+    common = any(low <= character <= high for low, high in ("\xa0÷", "\u2000\u2bff", "\u3000\u33ff", "︰\uffef"))
+    return common and category[0] in "SPN" and category != "Nl"
 
 
 def any_string(strings: Iterable[str]) -> re.Pattern:
@@ -300,6 +353,20 @@ def any_string(strings: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(f"{re.escape(last)}(?:{'|'.join(rest)})" for last, rest in around.items()) or "(?!)")
 
 
+def any_expression(expressions: Iterable[str]) -> list[re.Pattern]:
+    """Patterns one of which finds something if one of the expressions does. Those that begin with an ordinary character
+    are joined behind it, which is fast; none of them holds | outside brackets (see `files.check_patterns`).
+    """
+    joined, others = {True: defaultdict(list), False: defaultdict(list)}, []
+    for expression in expressions:
+        if first := re.match(r"(\\\W|[^\\\[\](){}.^$*+?|])(?![*?+{])", expression):
+            joined[first[0].isascii()][first[0]].append(expression[first.end() :])
+        else:
+            others.append(expression)
+    both = ("|".join(f"{first}(?:{'|'.join(rest)})" for first, rest in after.items()) for after in joined.values())
+    return [re.compile(expression) for expression in (*both, *others) if expression]
+
+
 def any_character(characters: Iterable[str]) -> re.Pattern:
     """A pattern for these characters and for all beyond U+FFFF (emoji, rare kanji), which the caller looks up: a class
     of many would be slow.
@@ -308,11 +375,14 @@ def any_character(characters: Iterable[str]) -> re.Pattern:
     return re.compile(f"[{re.escape(basic)}\U00010000-\U0010ffff]")
 
 
+ANY_LOOKS = any_character([*map(chr, LOOKS), "\u3099", "\u309a"])
+
+
 def row_texts(parsed: Parsed, rules: FilterRules) -> tuple[dict[str, str], Problem | None]:
     """The texts of a row by field, and what is wrong with its form; a malformed row has no texts.
 
     `instruction` is the first user turn and `response` the first assistant turn, "" where missing; with `all_turns`
-    the other turns follow as "turn N", counted from 1.
+    the other turns follow as "turn N (role)", counted from 1.
     """
     if not parsed.columns:
         return {}, ("malformed", "conversations", type(parsed.row.get("conversations")).__name__)
@@ -324,7 +394,7 @@ def row_texts(parsed: Parsed, rules: FilterRules) -> tuple[dict[str, str], Probl
         if field is None or field in texts:
             if not rules.all_turns or (content is None and turn.get("tool_calls")):
                 continue  # with `tool_calls` it calls a tool instead of saying something
-            field = f"turn {number}"
+            field = f"turn {number} ({turn['role']})"
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
         texts[field] = rules.normal(content)
@@ -363,65 +433,140 @@ def replace_strings(text: str, rules: FilterRules) -> str:
 
 
 class Forbidden:
-    """What no text may hold, ready to be searched for: NG strings, `rare` characters, and those outside cp932."""
+    """What no text may hold, ready to be searched for: NG strings, `rare` characters, foreign ones, and patterns."""
 
     def __init__(self, rules: FilterRules, rare: str = "") -> None:
         self.strings = {string: max(string) for string in rules.ng if len(string) > 1}
         self.any_string = any_string(self.strings)
         single = [string for string in rules.ng if len(string) == 1]
         self.reason_of = {**dict.fromkeys(rare, "rare character"), **dict.fromkeys(single, "ng string")}
-        self.other_reason = "not cp932" if rules.cp932_only else None
-        if rules.cp932_only:
-            writable = {c for c in map(chr, range(0x10000)) if c.encode("cp932", "ignore")}
-            private = set(map(chr, range(0xE000, 0xF900)))  # cp932 writes it, but it means something else to everyone
-            allowed = (writable - private | set(rules.cp932_also)) - self.reason_of.keys()
+        self.other_reason = None if rules.characters == "any" else "foreign character"
+        self.any_character = any_character(self.reason_of)
+        if self.other_reason:
+            allowed = (japanese_characters(rules.characters) | set(rules.characters_also)) - self.reason_of.keys()
             self.any_character = re.compile(f"[^{re.escape(''.join(allowed))}]")
-        else:
-            self.any_character = any_character(self.reason_of)
+        self.patterns, self.any_pattern = {}, {}
+        for scope in ("text", "question", "answer"):
+            named = {**rules.patterns.get("text", {}), **rules.patterns.get(scope, {})}
+            self.patterns[scope] = {name: re.compile("|".join(parts)) for name, parts in named.items()}
+            own = rules.patterns.get(scope, {}).values()
+            self.any_pattern[scope] = self.any_pattern.get("text", []) + any_expression(
+                part for parts in own for part in parts
+            )
+
+
+def scope_of(place: str) -> str:
+    """Which patterns a field is judged by: those of "question", "answer" or, for a system turn, "text"."""
+    if place == "instruction" or place.endswith("(user)"):
+        return "question"
+    return "answer" if place == "response" or place.endswith("(assistant)") else "text"
 
 
 def find_forbidden(texts: Mapping[str, str], forbidden: Forbidden) -> list[Problem]:
-    """(reason, field, matched string) of everything forbidden in the texts of a row, in the order of REASONS."""
-    found, reason_of = [], forbidden.reason_of
-    for field, text in texts.items():
+    """(reason, field, matched string) of everything forbidden in the texts of a row: first strings and characters."""
+    found, reason_of, matches = [], forbidden.reason_of, []
+    for place, text in texts.items():
         if held := set(forbidden.any_string.findall(text)):
             strings = [s for s, last in forbidden.strings.items() if last in held and s in text]
-            found += [("ng string", field, string) for string in strings]
+            found += [("ng string", place, string) for string in strings]
         if characters := forbidden.any_character.findall(text):
             reasons = [(reason_of.get(c, forbidden.other_reason), c) for c in sorted(set(characters))]
-            found += [(reason, field, _shown(character)) for reason, character in reasons if reason]
-    return sorted(found, key=lambda problem: REASONS.index(problem[0])) if found else found
+            found += [(reason, place, _shown(character)) for reason, character in reasons if reason]
+        scope = scope_of(place)
+        if any(pattern.search(text) for pattern in forbidden.any_pattern[scope]):
+            matched = ((name, pattern.search(text)) for name, pattern in forbidden.patterns[scope].items())
+            matches += [(name, place, match[0]) for name, match in matched if match]
+    return sorted(found, key=lambda problem: REASONS.index(problem[0])) + matches
 
 
 def _shown(character: str) -> str:
     return f"U+{ord(character):04X}" if "\ud800" <= character <= "\udfff" else character  # half a surrogate pair
 
 
+def repeated_text(text: str) -> str:
+    """What a text repeats: a piece four times in a row (`has_loop`), or a sentence or line four times in all that makes
+    up a third of the text, whatever number or bullet stands before it; or "".
+    """
+    for start in range(0, len(text) - 30, 20):  # a loop holds one of these pieces twice
+        again = text.find(text[start : start + 10], start + 1, start + 110)
+        if again > 0 and 3 * text[start:again] in text and has_loop(text[max(0, start - 400) : start + 500]):
+            return text[start:again]
+    parts = [part.strip(_MARKERS) for part in text.replace("。", "\n").split("\n")]
+    if len(parts) - len(set(parts)) > 2:
+        for part, times in Counter(parts).most_common(2):
+            if times > 3 and 3 * times * len(part) > len(text) and sum(map(str.isalpha, part)) > 2:
+                return part
+    return ""
+
+
+def repeats_question(texts: Mapping[str, str]) -> bool:
+    """Whether the first answer is the question or holds it as a whole, to its end mark; a part is restated rightly."""
+    question, answer = texts["instruction"].strip(), texts["response"]
+    whole = len(question) >= 8 and question[-1] in "。？?" and question in answer
+    return whole or re.sub(r"[\W_]", "", question) == re.sub(r"[\W_]", "", answer[: 2 * len(question)])
+
+
+def japanese_by_script(text: str) -> bool:
+    """Whether a text is Japanese by its letters: kana enough for a sentence, or few letters and no kana at all.
+
+    Few are up to 20 kanji and eight Latin words, more of them with a capital (names) than without.
+    """
+    kana, kanji = (len(re.findall(letters, text)) for letters in ("[ぁ-ヿｦ-ﾟ]", "[々〇一-鿿]"))
+    words = re.findall(r"(?<![A-Za-zÀ-ÿ])[A-Za-zÀ-ÿ][^\s、。,]*", unicodedata.normalize("NFKC", text))
+    lower = sum(word[0].islower() for word in words)
+    names = len(words) <= 8 and lower <= max(1, len(words) - lower - 1)
+    if kana:
+        return (names or 2 * lower <= kana + kanji) and (kana + kanji <= 20 or 5 * kana >= kanji)
+    return kanji <= 20 and names and any(unicodedata.category(character)[0] in "LNS" for character in text)
+
+
+def mostly_kana(text: str) -> bool:
+    """Whether at least two fifths of a text's bytes are kana, which no other language writes; half-width ones aside."""
+    written = text.encode("utf-8", "surrogatepass")
+    return 15 * sum(map(written.count, (b"\xe3\x81", b"\xe3\x82", b"\xe3\x83"))) >= 2 * len(written)
+
+
 def not_japanese(texts: Mapping[str, str], rules: FilterRules) -> list[Problem]:
     """[(reason, field, what was found)] of the first text that cld2 cannot read or finds too little Japanese in; or [].
 
-    A later turn too short for cld2 to name its language ("はい。") passes.
+    With `script_decides` it is not asked about texts that are `mostly_kana`, and its word is not taken about those that
+    are `japanese_by_script`. Without, a later turn passes that is too short for cld2 to name its language ("はい。").
     """
     import pycld2
 
-    for field, text in texts.items():
+    for place, text in texts.items():
+        unreadable = _UNREADABLE.search(text)
+        if rules.script_decides and not unreadable and mostly_kana(text):
+            continue
         try:
             languages = pycld2.detect(text, isPlainText=rules.plain_text)[2]
         except (pycld2.error, UnicodeEncodeError) as error:
-            unreadable = _UNREADABLE.search(text)
-            return [("unreadable", field, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error))]
+            return [("unreadable", place, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error))]
         if not any(code == "ja" and share >= rules.japanese_percent for _, code, share, _ in languages):
-            if field.startswith("turn") and languages[0][1] == "un":
-                continue
-            return [("not Japanese", field, ", ".join(f"{code} {share} %" for _, code, share, _ in languages if share))]
+            short = place.startswith("turn") and languages[0][1] == "un"
+            if not (japanese_by_script(text) if rules.script_decides else short):
+                shares = ", ".join(f"{code} {share} %" for _, code, share, _ in languages if share)
+                return [("not Japanese", place, shares)]
     return []
+
+
+def row_key(texts: Mapping[str, str]) -> bytes:
+    """A fingerprint of the texts of a row, the same for all that differ in white space alone."""
+    joined = "\0".join("".join(text.split()) for text in texts.values())
+    return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def find_problems(texts: Mapping[str, str], rules: FilterRules, forbidden: Forbidden) -> list[Problem]:
     """Why a row with these texts (after the replacements) is dropped: everything forbidden in them, or else their
     language (cld2 is slow, and its percentage overlooks a short foreign tail); [] keeps the row.
     """
-    return find_forbidden(texts, forbidden) or not_japanese(texts, rules)
+    found = find_forbidden(texts, forbidden)
+    for place, text in texts.items():
+        if rules.loops and scope_of(place) == "answer" and (part := repeated_text(text)):
+            found.append(("loop", place, part))
+    if rules.echoes and repeats_question(texts):
+        found.append(("repeats the question", "response", texts["instruction"]))
+    return found or not_japanese(texts, rules)
 
 
 # The number of a row from 1, the row, its texts as judged.
@@ -429,28 +574,40 @@ Passed = tuple[int, Parsed, dict[str, str]]
 
 
 def judge_rows(
-    rows: Iterable[Parsed], texts_of: Iterable[tuple[dict[str, str], Problem | None]], rules: FilterRules, rare: str
+    rows: Iterable[Parsed],
+    texts_of: Iterable[tuple[dict[str, str], Problem | None]],
+    rules: FilterRules,
+    rare: str,
+    seen: set[bytes],
 ) -> tuple[list[Passed], list[dict[str, Any]], dict[tuple[str, str], list[int]]]:
-    """Apply every rule but the last to the rows, each with what `row_texts` found; `rare` characters are forbidden.
+    """Apply every rule but the last to the rows, each with what `row_texts` found; `rare` characters are forbidden, and
+    with `duplicates` rows whose `row_key` is in `seen`, to which theirs are added.
 
     Returns the rows that passed, the dropped ones (see `dropped_record`), and for each (reason, match) how many rows
-    hold it and how many of them no other rule would have dropped.
+    hold it and how many of them no other rule would have dropped. Only strings and characters are counted by match.
     """
     forbidden = Forbidden(rules, rare)
     passed, dropped, hits = [], [], defaultdict(lambda: [0, 0])
     for number, (row, (given, malformed)) in enumerate(zip(rows, texts_of, strict=True), start=1):
         texts = {field: replace_strings(text, rules) for field, text in given.items()}
         problems = [malformed] if malformed else find_problems(texts, rules, forbidden)
+        if rules.duplicates and not malformed:
+            known = len(seen)
+            seen.add(row_key(texts))
+            problems = problems or [("duplicate", "instruction", "")] * (len(seen) == known)
         if not problems:
             passed.append((number, row, texts))
             continue
-        forbids = problems[0][0] in ("ng string", "rare character", "not cp932")
-        broken = list(dict.fromkeys((reason, match) for reason, _, match in problems)) if forbids else []
+        broken = []
+        if not malformed and problems[0][0] not in ("unreadable", "not Japanese", "duplicate"):
+            strings = ("ng string", "rare character", "foreign character")
+            broken = list(dict.fromkeys((why, match if why in strings else "") for why, _, match in problems))
         only = len(broken) == 1 and not not_japanese(texts, rules)
         for rule in broken:
             hits[rule][0] += 1
             hits[rule][1] += only
-        dropped.append(dropped_record(number, problems[0], row.row, [match for _, match in broken[1:]]))
+        also = [match or reason for reason, match in broken[1:]]
+        dropped.append(dropped_record(number, problems[0], row.row, also))
     return passed, dropped, hits
 
 
@@ -502,7 +659,7 @@ def filter_rows(
     texts_of = [row_texts(row, rules) for row in rows]
     counts = count_characters(texts for texts, _ in texts_of)
     rare = rare_characters(counts, rules.rare_below)
-    passed, dropped, hits = judge_rows(progress(rows), texts_of, rules, rare)
+    passed, dropped, hits = judge_rows(progress(rows), texts_of, rules, rare, set())
 
     counts_after = count_characters(texts for _, _, texts in passed)
     rare_after = rare_characters(counts_after, rules.rare_after_below)
@@ -511,7 +668,7 @@ def filter_rows(
     dropped = sorted(dropped + late, key=lambda record: record["number"])
     report = {
         "settings": asdict(rules),
-        **filter_counts(len(rows), len(kept), Counter(record["reason"] for record in dropped)),
+        **filter_counts(rules, len(rows), len(kept), Counter(record["reason"] for record in dropped)),
         "rules": [
             {"reason": reason, "match": match, "rows": held, "only": only}
             for (reason, match), (held, only) in sorted(hits.items(), key=lambda rule: (-rule[1][1], -rule[1][0]))
@@ -522,11 +679,13 @@ def filter_rows(
     return kept, dropped, report
 
 
-def filter_counts(rows_in: int, rows_kept: int, reasons: Mapping[str, int]) -> dict[str, Any]:
+def filter_counts(rules: FilterRules, rows_in: int, rows_kept: int, reasons: Mapping[str, int]) -> dict[str, Any]:
     """The counts of a filter's report, with the rows left after each step; AssertionError if a row were lost."""
     rows_dropped = sum(reasons.values())
     assert rows_in == rows_kept + rows_dropped, f"{rows_in} rows in, {rows_kept} kept, {rows_dropped} dropped"
-    reasons = {reason: reasons[reason] for reason in REASONS if reasons.get(reason)}
+    names = [name for named in rules.patterns.values() for name in named]
+    order = [name for reason in REASONS for name in (names if reason == "pattern" else [reason])]
+    reasons = {reason: reasons[reason] for reason in order if reasons.get(reason)}
     left = rows_in - np.cumsum([0, *reasons.values()])
     return {
         "rows_in": rows_in,

@@ -28,7 +28,8 @@ RULES_2024 = json.loads(RULES_FILE.read_text(encoding="utf-8"))
 REVIEWED = json.loads((ROOT / "data/filter_rules_reviewed.json").read_text(encoding="utf-8"))
 SAMPLE = ROOT / "data/sample/magpie.jsonl"
 JAPANESE = "これは日本語の文章です。今日は天気がよいので、散歩に行きました。"
-SWITCHES = ("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only")
+SWITCHES = ("all_turns", "clean_conversations", "plain_looks", "plain_text", "script_decides", "loops", "echoes")
+SWITCHES += ("duplicates",)
 LENIENT = {"rare_below": 0, "rare_after_below": 0}  # the rare rules are off where a test is about something else
 
 
@@ -50,7 +51,7 @@ class Result:
         max_rows = values.pop("max_rows", 0)
         (folder / "rules.json").write_text(json.dumps({**RULES_2024, **(rules or {}), **values}), encoding="utf-8")
         source = rows if isinstance(rows, Path) else write(folder / "in.jsonl", rows)
-        given = helpers.files.load_rows(str(source), max_rows=max_rows)
+        given = list(map(helpers.parse_row, helpers.files.load_rows(str(source), max_rows=max_rows)))
         kept, dropped, self.report = helpers.filter_rows(given, helpers.files.load_rules(folder / "rules.json"))
         helpers.files.save_filtered(folder / "out", kept, dropped, self.report)
         self.bytes = (folder / "out/filtered_magpie.jsonl").read_bytes()
@@ -126,7 +127,8 @@ def test_every_ng_string_is_found_however_they_overlap(text, ng):
 
 
 def well_formed_sample() -> list[dict]:
-    return [row for row in helpers.files.load_rows(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
+    rows = helpers.files.load_rows(SAMPLE)
+    return [row for row in rows if not helpers.row_texts(helpers.parse_row(row), FilterRules((), ()))[1]]
 
 
 def test_sample_is_filtered_as_in_2024(tmp_path):
@@ -165,10 +167,9 @@ def test_the_second_count_is_made_once_not_to_a_fixpoint(tmp_path):
     assert result.bytes == expected_bytes(rows)
 
 
-def test_on_few_rows_absolute_limits_drop_almost_everything_and_a_share_does_not(tmp_path):
+def test_on_few_rows_absolute_limits_drop_almost_everything(tmp_path):
     rows = well_formed_sample()
     assert len(Result(tmp_path, rows).kept) < 0.1 * len(rows)
-    assert len(Result(tmp_path, rows, rare_share=0.00015).kept) > 0.5 * len(rows)
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(18, 0), (19, 1)])
@@ -388,12 +389,10 @@ def test_what_is_no_rules_file_is_refused(tmp_path, content):
         ("rare_after_below", "10"),
         ("japanese_percent", 101),
         ("japanese_percent", 60.0),
-        ("rare_share", 2),
-        ("rare_share", float("nan")),
-        ("rare_share", -0.1),
-        ("compose_kana", 1),
+        ("plain_looks", 1),
         ("plain_text", "yes"),
-        ("cp932_also", ["–"]),
+        ("characters", "all"),
+        ("characters_also", ["–"]),
         ("all_turns", "false"),
         ("rare_belov", 20),
     ],
@@ -408,9 +407,9 @@ def test_wrong_values_in_a_rules_file_are_named(tmp_path, key, value):
 def test_rules_files_hold_the_whole_filter():
     old, new = helpers.files.load_rules(RULES_FILE), helpers.files.load_rules(ROOT / "data/filter_rules_reviewed.json")
     assert old == FilterRules(old.replacements, old.ng)  # the defaults are those of 2024
-    assert (*old.limits(1000), old.japanese_percent) == (20, 10, 60)
-    assert (*new.limits(1000), new.japanese_percent) == (0, 0, 60)
-    assert replace(old, rare_share=0.25).limits(1000) == (250, 0)  # a share takes the place of both counts
+    assert (old.rare_below, old.rare_after_below, old.japanese_percent, old.characters) == (20, 10, 60, "any")
+    assert (new.rare_below, new.rare_after_below, new.japanese_percent, new.characters) == (0, 0, 60, "japanese")
+    assert new.patterns and not old.patterns
     for rules, switch in ((old, False), (new, True)):
         assert {getattr(rules, name) for name in SWITCHES} == {switch}
 
@@ -418,7 +417,7 @@ def test_rules_files_hold_the_whole_filter():
 def test_rules_take_the_unicode_form_of_the_text():
     decomposed = FilterRules((("か\u3099", "ほ\u309a"),), ("e\u0301",))
     assert decomposed.ng == ("e\u0301",)
-    composed = replace(decomposed, compose_kana=True)
+    composed = replace(decomposed, plain_looks=True)
     assert (composed.replacements, composed.ng) == ((("が", "ぽ"),), ("é",))
     # A name's kanji in the rules is not turned into the ordinary one, which would drop every row with 神 or 塚.
     assert replace(composed, ng=("\ufa19", "\ufa10", "\u212b")).ng == ("\ufa19", "\ufa10", "\u212b")
@@ -442,7 +441,8 @@ import helpers
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process as soon as a file exceeds the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
 rules = helpers.files.load_rules(sys.argv[1] + "/data/filter_rules_reviewed.json")
-helpers.files.save_filtered(sys.argv[3], *helpers.filter_rows(helpers.files.load_rows(sys.argv[2]), rules))
+rows = list(map(helpers.parse_row, helpers.files.load_rows(sys.argv[2])))
+helpers.files.save_filtered(sys.argv[3], *helpers.filter_rows(rows, rules))
 """
 
 
@@ -464,7 +464,7 @@ def test_the_datatrove_pipeline_keeps_the_rows_of_the_notebook(tmp_path):
     (source / "0.jsonl").write_bytes(b"".join(lines[:70]))
     (source / "1.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[70:90])))
     (source / "2.jsonl").write_bytes(b"".join(lines[90:]))
-    alone = Result(tmp_path / "alone", SAMPLE, REVIEWED, rare_share=0.0, rare_below=3, rare_after_below=2)
+    alone = Result(tmp_path / "alone", SAMPLE, REVIEWED, rare_below=3, rare_after_below=2)
     script, rules = ROOT / "pipelines/datatrove_filter.py", tmp_path / "alone/rules.json"
     command = [sys.executable, script, source, tmp_path / "out", "--rules", rules, "--tasks", "2", "--workers", "2"]
     subprocess.run(command, check=True, capture_output=True)
@@ -537,13 +537,6 @@ def test_the_reviewed_rules_still_refuse(tmp_path, text):
     assert not Result(tmp_path, [talk(JAPANESE, JAPANESE + text)], REVIEWED).kept
 
 
-def test_rare_share_counts_rows_and_grows_with_the_data(tmp_path):
-    rules = {"replacements": (), "ng": ()}
-    for size, kept in ((100, 100), (1000, 998)):  # a limit of 0.3 rows, then of 3
-        rows = [talk(JAPANESE, JAPANESE + ("鰯" * 50 if n < 2 else "")) for n in range(size)]
-        assert len(Result(tmp_path, rows, rules, rare_share=0.003).kept) == kept
-
-
 def test_later_turns_too_short_for_a_language_pass(tmp_path):
     rows = [
         talk(JAPANESE, JAPANESE, "はい。", JAPANESE),
@@ -551,7 +544,7 @@ def test_later_turns_too_short_for_a_language_pass(tmp_path):
     ]
     result = Result(tmp_path, rows, {"replacements": (), "ng": ()}, **LENIENT, all_turns=True)
     assert result.kept == [{**rows[0], "instruction": JAPANESE, "response": JAPANESE}]
-    assert result.dropped[0]["field"] == "turn 4"
+    assert result.dropped[0]["field"] == "turn 4 (assistant)"
 
 
 def test_reviewed_rules_leave_ordinary_japanese_and_facts_alone():
