@@ -24,8 +24,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
-from itertools import cycle, islice
+from functools import cache
+from itertools import chain, cycle, islice
 from numbers import Number
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -227,6 +227,8 @@ REASONS = (
     "duplicate",  # an earlier row has the same texts, see `row_key`
     "rare afterwards",  # a character that the rows kept so far hardly use
 )
+ALONE = ("malformed", "missing turn", "empty", "unreadable", "not Japanese", "duplicate")  # no other rule is asked then
+LISTED = ("ng string", "rare character", "foreign character")  # the report counts these by what was matched
 Problem = tuple[str, str, str]  # (reason, field, matched string)
 _MARKERS = " \u3000\t0123456789０１２３４５６７８９.．)）、,・-*#>|：:①②③④⑤⑥⑦⑧⑨⑩"  # before a line of a list
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
@@ -234,70 +236,31 @@ _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uf
 
 @dataclass(frozen=True)
 class FilterRules:
-    """A rules file, with 2024's numbers and switches as defaults; RecipeError for a wrong type or range."""
+    """The whole filter, with 2024's numbers and switches as defaults; `files.load_rules` reads and checks a file."""
 
-    replacements: tuple[tuple[str, str], ...]  # (old, new): applied one after the other to every text
-    ng: tuple[str, ...]  # a row that holds one of these strings is dropped
-    # Regular expressions by name; all texts are judged by those of "text", turns of the user also by "question", turns
-    # of the assistant also by "answer".
+    replacements: Sequence[tuple[str, str]]  # (old, new): applied one after the other to every text
+    ng: Sequence[str]  # a row that holds one of these strings is dropped
+    # Regular expressions by name: for every text ("text"), for turns of the user ("question"), of the assistant ("answer")
     patterns: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     rare_below: int = 20  # drop rows with a character that occurs fewer times than this in all rows; 0 is off
     rare_after_below: int = 10  # the same once more, counted over the rows that passed all other rules; 0 is off
     japanese_percent: int = 60  # the least share of Japanese, in percent of bytes, that cld2 must find in each text
-    characters: str = "any"  # that a row may hold: any, those of cp932 (Japanese Windows), or japanese (`is_japanese`)
-    characters_also: str = ""  # characters that pass nevertheless
+    japanese_characters: bool = False  # drop rows with a character that Japanese text does not use (`is_japanese`)
+    characters_also: str = ""  # characters that `japanese_characters` lets pass nevertheless
     all_turns: bool = False  # judge every turn, not only the first question and the first answer
     clean_conversations: bool = False  # apply the replacements to the column `conversations`, too
     plain_looks: bool = False  # write what only looks different in its plain form, see LOOKS: か + ゛ becomes が
     plain_text: bool = False  # let cld2 read every character; without, it takes the text for HTML and skips tags
-    script_decides: bool = False  # let texts pass that are Japanese by their script (`japanese_by_script`)
+    script_decides: bool = False  # ask cld2 only where kana do not decide (`mostly_kana`, `japanese_by_script`)
     loops: bool = False  # drop rows with an answer that repeats itself
     echoes: bool = False  # drop rows with an answer that repeats the question
     duplicates: bool = False  # drop rows with the texts of an earlier row
-
-    def __post_init__(self) -> None:
-        def texts(value: Any) -> bool:
-            return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
-
-        wrong = wrong_values(vars(self), RULES)
-        if not texts(self.ng) or "" in self.ng:  # an empty string is in every text
-            wrong["ng"] = "a list of strings, none of them empty"
-        pairs = self.replacements if isinstance(self.replacements, (list, tuple)) else [None]
-        if not all(texts(pair) and len(pair) == 2 and pair[0] for pair in pairs):
-            wrong["replacements"] = "a list of pairs of strings [old, new], in which old is not empty"
-        for name, wanted in wrong.items():
-            raise RecipeError(f"{name} is {str(getattr(self, name))[:60]!r}; it must be {wanted}")
-        # A string in another Unicode form than the text would never be found in it.
-        pairs = tuple((self.composed(old), self.composed(new)) for old, new in pairs)
-        object.__setattr__(self, "replacements", pairs)
-        object.__setattr__(self, "ng", tuple(map(self.composed, self.ng)))
-
-    @cached_property
-    def any_key(self) -> re.Pattern:
-        """Finds out whether a text holds anything that is to be replaced."""
-        return any_string(old for old, _ in self.replacements)
 
     def normal(self, text: str) -> str:
         """The text in the form in which it is judged. Unicode's NFC as a whole would rewrite kanji of names, too."""
         if self.plain_looks and ANY_LOOKS.search(text):
             text = VOICED_KANA.sub(lambda kana: unicodedata.normalize("NFC", kana[0]), text).translate(LOOKS)
         return text
-
-    def composed(self, string: str) -> str:
-        """A string of the rules file, which an editor may have saved with accents and voice marks of their own."""
-        decomposed = self.plain_looks and any(map(unicodedata.combining, string))
-        return unicodedata.normalize("NFC", string) if decomposed else string
-
-
-# What the values of a rules file may be, beside its lists and patterns (see PARAMETERS).
-RULES: dict[str, list | range | tuple[float, float] | Text] = {
-    **dict.fromkeys(("rare_below", "rare_after_below"), range(MANY)),
-    "japanese_percent": range(101),
-    "characters": ["any", "cp932", "japanese"],
-    "characters_also": ANY_TEXT,
-    **dict.fromkeys(("all_turns", "clean_conversations", "plain_looks", "plain_text", "script_decides"), SWITCH),
-    **dict.fromkeys(("loops", "echoes", "duplicates"), SWITCH),
-}
 
 
 # What only looks different, and its plain form: spaces of other widths; hyphens that do not break; what cannot be seen;
@@ -313,23 +276,12 @@ VOICED_KANA = re.compile("[ぁ-ヿ][\u3099\u309a]")
 
 
 @cache
-def japanese_characters(which: str) -> set[str]:
-    """The characters that Japanese Windows ("cp932") writes, or all of which `is_japanese` is true."""
-    codes = map(chr, (*range(0x10000), *range(0x20000, 0x2A6E0)))
-    return set(filter(in_cp932 if which == "cp932" else is_japanese, codes))
-
-
-def in_cp932(character: str) -> bool:
-    """Whether Japanese Windows writes a character. Its private use means something else to everyone."""
-    return bool(character.encode("cp932", "ignore")) and not "\ue000" <= character <= "\uf8ff"
-
-
 def is_japanese(character: str) -> bool:
     """Whether Japanese text uses a character: Japanese Windows writes it (but Cyrillic), it is a kanji, a kana or a
     sign of the standard JIS X 0213, a Latin letter of Western Europe, or a common sign that is no emoji: punctuation,
     mathematics, currencies, numbers such as ² and ₂, arrows, shapes.
     """
-    if in_cp932(character):
+    if character.encode("cp932", "ignore") and not "\ue000" <= character <= "\uf8ff":  # not its private use
         return not "Ѐ" <= character <= "ӿ"
     jis, category = len(character.encode("euc_jis_2004", "ignore")) > 1, unicodedata.category(character)
     if category[0] == "L":
@@ -338,19 +290,6 @@ def is_japanese(character: str) -> bool:
         return jis or ("\u2190" <= character <= "\u25ff" and unicodedata.east_asian_width(character) != "W")
     common = any(low <= character <= high for low, high in ("\xa0÷", "\u2000\u2bff", "\u3000\u33ff", "︰\uffef"))
     return common and category[0] in "SPN" and category != "Nl"
-
-
-def any_string(strings: Iterable[str]) -> re.Pattern:
-    """A pattern that finds every place of the strings in a text, in a third of the time of their alternation.
-
-    It matches the character that is last in code order, and looks for the rest only there: kanji come after kana and
-    Latin letters and are rarer.
-    """
-    around = defaultdict(list)
-    for string in strings:
-        place = string.index(max(string)) + 1
-        around[max(string)].append(f"(?<={re.escape(string[:place])})(?={re.escape(string[place:])})")
-    return re.compile("|".join(f"{re.escape(last)}(?:{'|'.join(rest)})" for last, rest in around.items()) or "(?!)")
 
 
 def any_expression(expressions: Iterable[str]) -> list[re.Pattern]:
@@ -411,12 +350,8 @@ def count_characters(texts_of_rows: Iterable[Mapping[str, str]]) -> np.ndarray:
     counts = np.zeros(sys.maxunicode + 1, np.int64)
     joined = (" ".join(texts.values()) for texts in texts_of_rows if texts)
     while piece := "".join(islice(joined, 100)):  # 2024 counted one string of all rows
-        np.add.at(counts, _code_points(piece), 1)
+        np.add.at(counts, np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), np.uint32), 1)
     return counts
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def rare_characters(counts: np.ndarray, limit: int) -> str:
@@ -426,8 +361,8 @@ def rare_characters(counts: np.ndarray, limit: int) -> str:
 
 def replace_strings(text: str, rules: FilterRules) -> str:
     """The text after the replacements, one after the other: a later one sees what an earlier one wrote."""
-    if rules.any_key.search(text):  # most texts hold nothing to replace, and one search is faster than 28
-        for old, new in rules.replacements:
+    for old, new in rules.replacements:
+        if old in text:
             text = text.replace(old, new)
     return text
 
@@ -436,23 +371,21 @@ class Forbidden:
     """What no text may hold, ready to be searched for: NG strings, `rare` characters, foreign ones, and patterns."""
 
     def __init__(self, rules: FilterRules, rare: str = "") -> None:
-        self.strings = {string: max(string) for string in rules.ng if len(string) > 1}
-        self.any_string = any_string(self.strings)
+        self.strings = [string for string in dict.fromkeys(rules.ng) if len(string) > 1]
+        self.any_string = any_expression(map(re.escape, self.strings))
         single = [string for string in rules.ng if len(string) == 1]
         self.reason_of = {**dict.fromkeys(rare, "rare character"), **dict.fromkeys(single, "ng string")}
-        self.other_reason = None if rules.characters == "any" else "foreign character"
+        self.other_reason = "foreign character" if rules.japanese_characters else None
         self.any_character = any_character(self.reason_of)
-        if self.other_reason:
-            allowed = (japanese_characters(rules.characters) | set(rules.characters_also)) - self.reason_of.keys()
+        if rules.japanese_characters:
+            allowed = set(filter(is_japanese, map(chr, (*range(0x10000), *range(0x20000, 0x2A6E0)))))
+            allowed = (allowed | set(rules.characters_also)) - self.reason_of.keys()
             self.any_character = re.compile(f"[^{re.escape(''.join(allowed))}]")
-        self.patterns, self.any_pattern = {}, {}
+        self.patterns, self.any_pattern = {}, {"text": []}
         for scope in ("text", "question", "answer"):
-            named = {**rules.patterns.get("text", {}), **rules.patterns.get(scope, {})}
-            self.patterns[scope] = {name: re.compile("|".join(parts)) for name, parts in named.items()}
-            own = rules.patterns.get(scope, {}).values()
-            self.any_pattern[scope] = self.any_pattern.get("text", []) + any_expression(
-                part for parts in own for part in parts
-            )
+            own, shared = rules.patterns.get(scope, {}), rules.patterns.get("text", {})
+            self.patterns[scope] = {name: re.compile("|".join(parts)) for name, parts in {**shared, **own}.items()}
+            self.any_pattern[scope] = self.any_pattern["text"] + any_expression(chain(*own.values()))
 
 
 def scope_of(place: str) -> str:
@@ -466,9 +399,8 @@ def find_forbidden(texts: Mapping[str, str], forbidden: Forbidden) -> list[Probl
     """(reason, field, matched string) of everything forbidden in the texts of a row: first strings and characters."""
     found, reason_of, matches = [], forbidden.reason_of, []
     for place, text in texts.items():
-        if held := set(forbidden.any_string.findall(text)):
-            strings = [s for s, last in forbidden.strings.items() if last in held and s in text]
-            found += [("ng string", place, string) for string in strings]
+        if any(pattern.search(text) for pattern in forbidden.any_string):
+            found += [("ng string", place, string) for string in forbidden.strings if string in text]
         if characters := forbidden.any_character.findall(text):
             reasons = [(reason_of.get(c, forbidden.other_reason), c) for c in sorted(set(characters))]
             found += [(reason, place, _shown(character)) for reason, character in reasons if reason]
@@ -507,9 +439,8 @@ def repeats_question(texts: Mapping[str, str]) -> bool:
 
 
 def japanese_by_script(text: str) -> bool:
-    """Whether a text is Japanese by its letters: kana enough for a sentence, or few letters and no kana at all.
-
-    Few are up to 20 kanji and eight Latin words, more of them with a capital (names) than without.
+    """Whether a text is Japanese by its letters: kana enough for a sentence, or few letters: up to 20 kanji, and eight
+    Latin words, more of them with a capital (names) than without.
     """
     kana, kanji = (len(re.findall(letters, text)) for letters in ("[ぁ-ヿｦ-ﾟ]", "[々〇一-鿿]"))
     words = re.findall(r"(?<![A-Za-zÀ-ÿ])[A-Za-zÀ-ÿ][^\s、。,]*", unicodedata.normalize("NFKC", text))
@@ -569,16 +500,13 @@ def find_problems(texts: Mapping[str, str], rules: FilterRules, forbidden: Forbi
     return found or not_japanese(texts, rules)
 
 
-# The number of a row from 1, the row, its texts as judged.
+# What `row_texts` finds; and the number of a row from 1, the row, its texts as judged.
+RowTexts = tuple[dict[str, str], Problem | None]
 Passed = tuple[int, Parsed, dict[str, str]]
 
 
 def judge_rows(
-    rows: Iterable[Parsed],
-    texts_of: Iterable[tuple[dict[str, str], Problem | None]],
-    rules: FilterRules,
-    rare: str,
-    seen: set[bytes],
+    rows: Iterable[Parsed], texts_of: Iterable[RowTexts], rules: FilterRules, rare: str, seen: set[bytes]
 ) -> tuple[list[Passed], list[dict[str, Any]], dict[tuple[str, str], list[int]]]:
     """Apply every rule but the last to the rows, each with what `row_texts` found; `rare` characters are forbidden, and
     with `duplicates` rows whose `row_key` is in `seen`, to which theirs are added.
@@ -592,22 +520,19 @@ def judge_rows(
         texts = {field: replace_strings(text, rules) for field, text in given.items()}
         problems = [malformed] if malformed else find_problems(texts, rules, forbidden)
         if rules.duplicates and not malformed:
-            known = len(seen)
-            seen.add(row_key(texts))
-            problems = problems or [("duplicate", "instruction", "")] * (len(seen) == known)
+            key = row_key(texts)
+            problems = problems or [("duplicate", "instruction", "")] * (key in seen)
+            seen.add(key)
         if not problems:
             passed.append((number, row, texts))
             continue
-        broken = []
-        if not malformed and problems[0][0] not in ("unreadable", "not Japanese", "duplicate"):
-            strings = ("ng string", "rare character", "foreign character")
-            broken = list(dict.fromkeys((why, match if why in strings else "") for why, _, match in problems))
+        rules_of = [(why, match if why in LISTED else "") for why, _, match in problems if why not in ALONE]
+        broken = list(dict.fromkeys(rules_of))
         only = len(broken) == 1 and not not_japanese(texts, rules)
         for rule in broken:
             hits[rule][0] += 1
             hits[rule][1] += only
-        also = [match or reason for reason, match in broken[1:]]
-        dropped.append(dropped_record(number, problems[0], row.row, also))
+        dropped.append(dropped_record(number, problems[0], row.row, [match or why for why, match in broken[1:]]))
     return passed, dropped, hits
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/filter_effects.py FILES... [--rules RULES.json ...]
 
-A row names its source in the column `source` (a good row), or its fault in `kind` or `mix` ("clean" for none). A bad row
-counts as dealt with if it is dropped, or if it is kept without its fault: with composed accents, without invisible
+A row names its source in the column `source` (a good row), or its fault in `kind` or `mix` ("clean" for none). A bad
+row counts as dealt with if it is dropped, or if it is kept without its fault: with composed accents, without invisible
 characters, without ♪ and 😢. Prints two Markdown tables. The first one has a column for each rules file, by default
-those of 2024 and the reviewed ones. The second one has a line for each rule of the last file: how many good and how many
-bad rows break it, and how many of them break no other rule, so that they would be kept without it.
+those of 2024 and the reviewed ones. The second one has a line for each rule of the last file: how many good and how
+many bad rows break it, and how many of them break no other rule, so that they would be kept without it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ NO_FAULT = ("clean", "fullwidth", "system")
 def load_rules(path: str) -> helpers.FilterRules:
     """The rules in a file, also in one of an earlier version: what it lacks is off."""
     values = json.loads(Path(path).read_text(encoding="utf-8"))
+    also = values.pop("cp932_also", "")
     if values.pop("cp932_only", False):
-        values["characters"] = "cp932"
-    values["characters_also"] = values.pop("cp932_also", values.get("characters_also", ""))
+        codes = (*range(0xD800), *range(0xE000, sys.maxunicode + 1))
+        private = map(chr, range(0xE000, 0xF900))
+        values["ng"] += [c for c in map(chr, codes) if c not in also and not c.encode("cp932", "ignore")] + [*private]
     known = helpers.FilterRules.__dataclass_fields__
     return helpers.FilterRules(**{name: value for name, value in values.items() if name in known})
 

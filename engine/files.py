@@ -14,13 +14,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
-from unicodedata import normalize
 
-from helpers import REASONS, FilterRules, Parsed, RecipeError, check_text, first_line, parse_row, read_pair
+from engine.rules import load_rules  # noqa: F401
+from helpers import Parsed, RecipeError, check_text, first_line, parse_row, read_pair
 
 # The first bytes of files that are often taken for JSON Lines, and what to do about them.
 NOT_ROWS = {
@@ -232,37 +231,6 @@ def load_tasks(name: str) -> list[dict[str, Any]]:
         tasks.append(task)
     print_forms(name, forms)
     return tasks
-
-
-def load_rules(path: str | Path) -> FilterRules:
-    """The rules in a JSON file with all fields of FilterRules and perhaps `source`; RecipeError names the file."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        values.pop("source", None)
-        known = [field.name for field in fields(FilterRules)]
-        if keys := values.keys() ^ set(known):
-            raise RecipeError(f"unknown or missing key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
-        # An editor may have saved letters with accents and voice marks of their own.
-        values["patterns"] = json.loads(normalize("NFC", json.dumps(values["patterns"], ensure_ascii=False)))
-        check_patterns(values["patterns"])
-        return FilterRules(**values)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        problem = error if isinstance(error, RecipeError) else f"it holds no rules ({first_line(error)})"
-        raise RecipeError(f"{path}: {problem}") from None
-
-
-def check_patterns(patterns: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
-    """RecipeError for patterns of a rules file that cannot be used; their expressions are joined by |."""
-    for name, part in [(name, part) for named in patterns.values() for name, parts in named.items() for part in parts]:
-        outside = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "", part)
-        while outside != (outside := re.sub(r"\([^()]*\)", "", outside)):
-            pass
-        with suppress(re.error, OverflowError, RecursionError):
-            known = name not in REASONS and patterns.keys() <= {"text", "question", "answer"}
-            if known and "|" not in outside and not re.match(part, "") and not re.compile(f"(?:{part})").groups:
-                continue
-        wanted = "a regular expression below text, question or answer that matches something, captures nothing"
-        raise RecipeError(f"patterns, {name[:60]!r}: {part[:60]!r} must be {wanted} and holds | in (?:...) only")
 
 
 def save_filtered(
