@@ -240,7 +240,7 @@ class FilterRules:
 
     replacements: Sequence[tuple[str, str]]  # (old, new): applied one after the other to every text
     ng: Sequence[str]  # a row that holds one of these strings is dropped
-    # Regular expressions by name: for every text ("text"), for turns of the user ("question"), of the assistant ("answer")
+    # Regular expressions by name, for "text" of any kind, for a "question" (turns of the user) or for an "answer"
     patterns: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     rare_below: int = 20  # drop rows with a character that occurs fewer times than this in all rows; 0 is off
     rare_after_below: int = 10  # the same once more, counted over the rows that passed all other rules; 0 is off
@@ -443,7 +443,7 @@ def japanese_by_script(text: str) -> bool:
     Latin words, more of them with a capital (names) than without.
     """
     kana, kanji = (len(re.findall(letters, text)) for letters in ("[ぁ-ヿｦ-ﾟ]", "[々〇一-鿿]"))
-    words = re.findall(r"(?<![A-Za-zÀ-ÿ])[A-Za-zÀ-ÿ][^\s、。,]*", unicodedata.normalize("NFKC", text))
+    words = re.findall(r"(?<![A-Za-zÀ-ÖØ-öø-ÿ])[A-Za-zÀ-ÖØ-öø-ÿ][^\s、。,]*", unicodedata.normalize("NFKC", text))
     lower = sum(word[0].islower() for word in words)
     names = len(words) <= 8 and lower <= max(1, len(words) - lower - 1)
     if kana:
