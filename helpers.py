@@ -266,6 +266,7 @@ class FilterRules:
 # What only looks different, and its plain form: spaces of other widths; hyphens that do not break; what cannot be seen;
 # kanji drawn as radicals or for compatibility, ligatures, letters as mathematical signs.
 LOOKS = dict.fromkeys((0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F), " ")
+LOOKS |= {0xF06C: "●", 0xF06E: "■", 0xF0A7: "■", 0xF0B7: "・"}  # bullets of Word's symbol fonts
 LOOKS |= {0x2010: "-", 0x2011: "-", 0x2028: "\n", 0x2029: "\n", 0xAD: "", 0x20E3: "", 0xFEFF: ""}
 for start, end in ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF)):
     LOOKS |= dict.fromkeys(range(start, end + 1), "")
