@@ -409,7 +409,7 @@ def find_forbidden(texts: Mapping[str, str], forbidden: Forbidden) -> list[Probl
         if any(pattern.search(text) for pattern in forbidden.any_pattern[scope]):
             matched = ((name, pattern.search(text)) for name, pattern in forbidden.patterns[scope].items())
             matches += [(name, place, match[0]) for name, match in matched if match]
-    return sorted(found, key=lambda problem: REASONS.index(problem[0])) + matches
+    return sorted(found, key=lambda problem: REASONS.index(problem[0])) + matches if found else matches
 
 
 def _shown(character: str) -> str:
@@ -448,7 +448,7 @@ def japanese_by_script(text: str) -> bool:
     lower = sum(word[0].islower() for word in words)
     names = len(words) <= 8 and lower <= max(1, len(words) - lower - 1)
     if kana:
-        return (names or 2 * lower <= kana + kanji) and (kana + kanji <= 20 or 5 * kana >= kanji)
+        return (names or lower <= kana + kanji) and (kana + kanji <= 20 or 5 * kana >= kanji)
     return kanji <= 20 and names and any(unicodedata.category(character)[0] in "LNS" for character in text)
 
 
@@ -467,12 +467,12 @@ def not_japanese(texts: Mapping[str, str], rules: FilterRules) -> list[Problem]:
     import pycld2
 
     for place, text in texts.items():
-        unreadable = _UNREADABLE.search(text)
-        if rules.script_decides and not unreadable and mostly_kana(text):
+        if rules.script_decides and mostly_kana(text) and not _UNREADABLE.search(text):
             continue
         try:
             languages = pycld2.detect(text, isPlainText=rules.plain_text)[2]
         except (pycld2.error, UnicodeEncodeError) as error:
+            unreadable = _UNREADABLE.search(text)
             return [("unreadable", place, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error))]
         if not any(code == "ja" and share >= rules.japanese_percent for _, code, share, _ in languages):
             short = place.startswith("turn") and languages[0][1] == "un"

@@ -29,7 +29,7 @@ SAMPLE = ROOT / "data/sample/magpie.jsonl"
 QUESTION = "週末は何をしましたか。どこかに出かけたのなら、そのときのことを教えてください。"
 JAPANESE = "これは日本語の文章です。今日は天気がよいので、散歩に行きました。"
 SWITCHES = ("all_turns", "clean_conversations", "plain_looks", "plain_text", "script_decides", "loops", "echoes")
-SWITCHES += ("duplicates",)
+SWITCHES += ("duplicates", "japanese_characters")
 LENIENT = {"rare_below": 0, "rare_after_below": 0}  # the rare rules are off where a test is about something else
 
 
@@ -391,7 +391,7 @@ def test_what_is_no_rules_file_is_refused(tmp_path, content):
         ("japanese_percent", 60.0),
         ("plain_looks", 1),
         ("plain_text", "yes"),
-        ("characters", "all"),
+        ("japanese_characters", 1),
         ("characters_also", ["–"]),
         ("all_turns", "false"),
         ("rare_belov", 20),
@@ -407,8 +407,8 @@ def test_wrong_values_in_a_rules_file_are_named(tmp_path, key, value):
 def test_rules_files_hold_the_whole_filter():
     old, new = helpers.files.load_rules(RULES_FILE), helpers.files.load_rules(ROOT / "data/filter_rules_reviewed.json")
     assert old == FilterRules(old.replacements, old.ng)  # the defaults are those of 2024
-    assert (old.rare_below, old.rare_after_below, old.japanese_percent, old.characters) == (20, 10, 60, "any")
-    assert (new.rare_below, new.rare_after_below, new.japanese_percent, new.characters) == (0, 0, 60, "japanese")
+    assert (old.rare_below, old.rare_after_below, old.japanese_percent) == (20, 10, 60)
+    assert (new.rare_below, new.rare_after_below, new.japanese_percent) == (0, 0, 60)
     assert new.patterns and not old.patterns
     for rules, switch in ((old, False), (new, True)):
         assert {getattr(rules, name) for name in SWITCHES} == {switch}
@@ -420,7 +420,7 @@ def test_a_rules_file_saved_in_nfd_finds_text_in_nfc(tmp_path):
     rules["ng"] += [unicodedata.normalize("NFD", "ボンジュール"), "\ufa19", "\ufa10"]
     tails = ("", "ボンジュール", "éà", "スライcingしました。", "神と塚です。")
     result = Result(tmp_path, [talk(QUESTION, JAPANESE + tail) for tail in tails], rules)
-    assert result.reasons == {2: ("ng string", "ボンジュール"), 3: ("foreign words", "éà")}
+    assert result.reasons == {2: ("ng string", "ボンジュール"), 3: ("foreign words", "é")}
     assert result.kept[1]["response"] == JAPANESE + "スライシングしました。"
 
 
@@ -512,69 +512,26 @@ def test_clean_conversations_corrects_every_turn(tmp_path):
     assert contents == [JAPANESE, JAPANESE + "スライシング", JAPANESE, "スライシング" + JAPANESE]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "〜①㈱髙♪ー",
-        "–—¥€£©",
-        "m²H₂O",
-        "≈≤≥√∞",
-        "′″",
-        "•⋯※",
-        "→⇒↔",
-        "■▪△",
-        "½⅓Ⅷ",
-        "𠮟剝塡頰鷗鮬濊",
-        "éÜñ",
-        "℃№™",
-        "㎡",
-        "✔✗",
-        "ㇷ゚",
-    ],
-)
+SIGNS = "〜①㈱髙♪ー –—¥€£© m²H₂O ≈≤≥√∞ ′″ •⋯※ →⇒↔ ■▪△ ½⅓Ⅷ 𠮟剝塡頰鷗鮬濊 éÜñ ℃№™ ㎡ ✔✗ ㇷ゚"
+
+
+@pytest.mark.parametrize("text", SIGNS.split(" "))
 def test_japanese_text_uses_more_than_cp932_writes(tmp_path, text):
     assert judged(tmp_path, JAPANESE + "「" + text + "」") == {}
 
 
 @pytest.mark.parametrize("character", "们한ㅋﾡئขяД१٣〣ạə😊✅⭐❤㉠ㄏ\ue000\ufffd")
 def test_letters_and_digits_of_other_scripts_and_emoji_are_refused(tmp_path, character):
-    assert [*judged(tmp_path, JAPANESE + character).values()][0][0] in ("foreign character", "ng string")
+    assert next(iter(judged(tmp_path, JAPANESE + character).values()))[0] in ("foreign character", "ng string")
 
 
-SHORT = [
-    "赤",
-    "神道",
-    "夏目漱石",
-    "4年",
-    "1225km/h",
-    "２倍",
-    "26.98",
-    "NHK",
-    "iPhone",
-    "A300-600R",
-    "H₂O",
-    "３，１５０ｍ",
-    "−89.2°C",
-    "07月04日",
-    "はい",
-    "○",
-    "モモ",
-    "QWERTY配列",
-    "アサ",
-    "元寇",
-    "紀元前３世紀",
-    "咸鏡南道咸興地方",
-    "€20",
-    "x=5",
-    "①",
-    "第42代大統領",
-    "W3C",
-]
+SHORT = "赤 神道 夏目漱石 4年 1225km/h ２倍 26.98 NHK iPhone A300-600R H₂O ３，１５０ｍ −89.2°C 07月04日 はい ○ モモ"
+SHORT += " QWERTY配列 アサ 元寇 紀元前３世紀 咸鏡南道咸興地方 €20 x=5 ① 第42代大統領 W3C"
 
 
 def test_short_answers_are_judged_by_their_script(tmp_path):
     names = ["Homo sapiens", "The Lord of the Rings", "WWE、ROH、Impactなどです。", "3×1=3\n3×2=6\n3×3=9"]
-    assert judged(tmp_path, *SHORT, *names) == {}
+    assert judged(tmp_path, *SHORT.split(), *names) == {}
     foreign = ("My name is Taro.", "今天天気", "Nice to meet you", "-", "……", "안녕")
     assert list(judged(tmp_path, *foreign)) == list(foreign)
 
@@ -607,7 +564,10 @@ CAUGHT = {
     "refusal": ["その質問にはお答えできません。", "I'm sorry, but"],
     "placeholder": ["[ここに回答を入力]", "（以下略）", "{{answer}}"],
     "about the answer itself": ["以下は日本語の回答です：", "この回答はモデルによって生成されました。"],
-    "cut off": ["\n秋には紅葉狩りに出かけるのがおすすめで、とくに京都の", "\n秋の楽しみとしては、まず"[:-2] + "、"],
+    "cut off": [
+        "\n秋には紅葉狩りに出かけるのがおすすめで、とくに京都の",
+        "\n春には花を見に出かけ、夏には海や山で遊び、",
+    ],
 }
 
 
@@ -663,12 +623,10 @@ def test_loops(tmp_path, answer, loops):
 def test_an_answer_that_holds_the_whole_question_is_no_answer(tmp_path):
     question = "日本で一番高い山は何ですか？"
     echo = {"repeats the question"}
-    assert {reason for reason, _ in judged(tmp_path, question + "\n富士山です。", question=question).values()} == echo
-    assert {
-        reason for reason, _ in judged(tmp_path, "日本で 一番高い山は 何ですか", question=question).values()
-    } == echo
+    for answer in (question + "\n富士山です。", "日本で 一番高い山は 何ですか"):
+        assert {reason for reason, _ in judged(tmp_path, answer, question=question).values()} == echo
     assert not judged(tmp_path, "日本で一番高い山は富士山です。", question=question)
-    assert not judged(tmp_path, "富士山", question="富士山？")
+    assert not judged(tmp_path, "富士山", question="日本一の山は？")
 
 
 def test_of_rows_that_differ_in_white_space_alone_the_first_one_is_kept(tmp_path):
