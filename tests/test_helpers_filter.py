@@ -578,7 +578,7 @@ def test_patterns_catch(tmp_path, name, tail):
 
 
 GOOD = [
-    "「To be, or not to be, that is the question.」は有名な台詞です。",
+    "「To be, or not to be, that is the question.」は有名な台詞で、日本語の訳もいろいろあります。",
     "孝明天皇の子が明治天皇です。高橋是清と是枝裕和、我孫子市、達也、就職と終了、可能性を並べました。",
     "「春眠不覚暁、処処聞啼鳥」は孟浩然の詩の一節です。深圳や重慶、王家衛の名も出ます。",
     "| 県 | 人口 |\n|---|---|\n| 宮城 | 230万人 |\n| 愛知 | 750万人 |",
