@@ -422,8 +422,9 @@ def repeated_text(text: str) -> str:
     """
     for start in range(0, len(text) - 30, 20):  # a loop holds one of these pieces twice
         again = text.find(text[start : start + 10], start + 1, start + 110)
-        if again > 0 and 3 * text[start:again] in text and has_loop(text[max(0, start - 400) : start + 500]):
-            return text[start:again]
+        piece = text[start:again] if again > 0 else ""
+        if any(map(str.isalnum, piece)) and 3 * piece in text and has_loop(text[max(0, start - 400) : start + 500]):
+            return piece
     parts = [part.strip(_MARKERS) for part in text.replace("。", "\n").split("\n")]
     if len(parts) - len(set(parts)) > 2:
         for part, times in Counter(parts).most_common(2):
