@@ -259,7 +259,8 @@ class FilterRules:
     def normal(self, text: str) -> str:
         """The text in the form in which it is judged. Unicode's NFC as a whole would rewrite kanji of names, too."""
         if self.plain_looks and ANY_LOOKS.search(text):
-            text = VOICED_KANA.sub(lambda kana: unicodedata.normalize("NFC", kana[0]), text).translate(LOOKS)
+            text = re.sub("[ぁ-ヿ][\u3099\u309a]", lambda kana: unicodedata.normalize("NFC", kana[0]), text)
+            text = text.translate(LOOKS)
         return text
 
 
@@ -273,7 +274,7 @@ for start, end in ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00
 for code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFADA), *range(0xFB00, 0xFB07), *range(0x1D400, 0x1D800)):
     if not chr(code).encode("cp932", "ignore"):  # 神 and others that Japanese Windows writes stay: names need them
         LOOKS[code] = unicodedata.normalize("NFKC", chr(code))
-VOICED_KANA = re.compile("[ぁ-ヿ][\u3099\u309a]")
+ANY_LOOKS = re.compile(f"[\u3099\u309a{''.join(chr(code) for code in LOOKS if code < 2**16)}\U00010000-\U0010ffff]")
 
 
 @cache
@@ -294,8 +295,8 @@ def is_japanese(character: str) -> bool:
 
 
 def any_expression(expressions: Iterable[str]) -> list[re.Pattern]:
-    """Patterns one of which finds something if one of the expressions does. Those that begin with an ordinary character
-    are joined behind it, which is fast; none of them holds | outside brackets (see `files.check_patterns`).
+    """Patterns one of which finds something if one of the expressions does; joining those that begin with an ordinary
+    character is fast. None of them holds | outside brackets, see `engine/rules.py`.
     """
     joined, others = {True: defaultdict(list), False: defaultdict(list)}, []
     for expression in expressions:
@@ -313,9 +314,6 @@ def any_character(characters: Iterable[str]) -> re.Pattern:
     """
     basic = "".join(character for character in characters if character <= "\uffff")
     return re.compile(f"[{re.escape(basic)}\U00010000-\U0010ffff]")
-
-
-ANY_LOOKS = any_character([*map(chr, LOOKS), "\u3099", "\u309a"])
 
 
 def row_texts(parsed: Parsed, rules: FilterRules) -> tuple[dict[str, str], Problem | None]:
@@ -461,9 +459,7 @@ def mostly_kana(text: str) -> bool:
 
 def not_japanese(texts: Mapping[str, str], rules: FilterRules) -> list[Problem]:
     """[(reason, field, what was found)] of the first text that cld2 cannot read or finds too little Japanese in; or [].
-
-    With `script_decides` it is not asked about texts that are `mostly_kana`, and its word is not taken about those that
-    are `japanese_by_script`. Without, a later turn passes that is too short for cld2 to name its language ("はい。").
+    A later turn too short for cld2 to name its language ("はい。") passes, with `script_decides` each short text.
     """
     import pycld2
 
@@ -528,8 +524,7 @@ def judge_rows(
         if not problems:
             passed.append((number, row, texts))
             continue
-        rules_of = [(why, match if why in LISTED else "") for why, _, match in problems if why not in ALONE]
-        broken = list(dict.fromkeys(rules_of))
+        broken = list(dict.fromkeys((why, m if why in LISTED else "") for why, _, m in problems if why not in ALONE))
         only = len(broken) == 1 and not not_japanese(texts, rules)
         for rule in broken:
             hits[rule][0] += 1

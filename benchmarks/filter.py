@@ -4,8 +4,9 @@
 
 The corpus is grown from the input: its rows first, then rows of new combinations of their sentences. A sentence that
 holds a character rare in the input is used once only: in real text the tail of rare characters stays as long as the
-corpus grows. Prints Markdown: rows/s, MB/s, memory, the ratios to the algorithm of 2024 and to cld2 alone on the texts
-that reach it with the rules of 2024, and the share of each stage; fails if the survivors differ. The times include reading and writing files.
+corpus grows. Prints Markdown: rows/s, MB/s, memory, the ratios to the algorithm of 2024 and to cld2
+alone on the texts that reach it with the rules of 2024, and the share of each stage with the rules of 2024 and with the
+reviewed ones; fails if the survivors differ from those of 2024. The times include reading and writing files.
 Each time is that of the fastest of three runs, for the others also tell what else the machine was doing.
 """
 
