@@ -443,7 +443,7 @@ def japanese_by_script(text: str) -> bool:
     Latin words, more of them with a capital (names) than without.
     """
     kana, kanji = (len(re.findall(letters, text)) for letters in ("[ぁ-ヿｦ-ﾟ]", "[々〇一-鿿]"))
-    words = re.findall(r"(?<![A-Za-zÀ-ÖØ-öø-ÿ])[A-Za-zÀ-ÖØ-öø-ÿ][^\s、。,]*", unicodedata.normalize("NFKC", text))
+    words = re.findall(r"(?<![A-Za-zÀ-ÖØ-öø-ÿ])[A-Za-zÀ-ÖØ-öø-ÿ]{2}[^\s、。,]*", unicodedata.normalize("NFKC", text))
     lower = sum(word[0].islower() for word in words)
     names = len(words) <= 8 and lower <= max(1, len(words) - lower - 1)
     if kana:
