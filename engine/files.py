@@ -10,14 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from engine import folders, reading
 from engine.reading import check_text, read_pair
-from helpers import FilterRules, Parsed, RecipeError, first_line, parse_row
+from helpers import Parsed, RecipeError, parse_row
 
 
 def read_rows(
@@ -128,20 +127,6 @@ def load_tasks(name: str) -> list[dict[str, Any]]:
         tasks.append(task)
     print_forms(name, forms)
     return tasks
-
-
-def load_rules(path: str | Path) -> FilterRules:
-    """The rules in a JSON file with all fields of FilterRules and perhaps `source`; RecipeError names the file."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        values.pop("source", None)
-        known = [field.name for field in fields(FilterRules)]
-        if keys := values.keys() ^ set(known):
-            raise RecipeError(f"unknown or missing key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
-        return FilterRules(**values)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        problem = error if isinstance(error, RecipeError) else f"it holds no rules ({first_line(error)})"
-        raise RecipeError(f"{path}: {problem}") from None
 
 
 def save_filtered(

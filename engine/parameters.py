@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from helpers import ANY_TEXT, MANY, SWITCH, RecipeError, Text, wrong_values
+from helpers import RecipeError
+
+
+class Text(NamedTuple):
+    """Text that `pattern` matches as a whole; `words` say the same to a reader."""
+
+    pattern: str
+    words: str
+
+
+ANY_TEXT = Text(r".*", "text on one line")
+MANY, SWITCH = 10**9, [True, False]
+
+
+def wrong_values(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
+    """The `values` that a table such as PARAMETERS does not allow: name and what it must be."""
+    wrong = {}
+    for name, allowed in table.items():
+        value = values.get(name, ...)
+        if isinstance(allowed, Text):
+            fits, words = isinstance(value, str) and re.fullmatch(allowed.pattern, value), allowed.words
+        elif isinstance(allowed, range):
+            fits = type(value) is int and value in allowed
+            words = f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
+        elif isinstance(allowed, tuple):
+            fits = type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
+            words = f"a number from {allowed[0]:g} to {allowed[1]:,g}"
+        else:
+            fits = type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
+            words = " or ".join(map(repr, allowed))
+        if name in values and not fits:
+            wrong[name] = words
+    return wrong
+
 
 NAME = Text(
     r"(?![~\s])[^\0-\x1f\x7f]+(?<!\s)",

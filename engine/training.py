@@ -23,7 +23,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from engine import attention, lora, records
 from engine.kept_layers import KeptLayers
-from helpers import RecipeError, encode, even_rows
+from helpers import RecipeError, encode
 
 
 def check_control_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[int]]) -> None:
@@ -223,6 +223,18 @@ def gradients_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     limit = 1e-2 if found.dtype == torch.float32 else 0.5
     found, expected = found.float(), expected.float()
     return bool((found - expected).norm() <= limit * expected.norm())
+
+
+def even_rows(texts: Sequence[int], lengths: Sequence[int], texts_per_row: int) -> list[list[int]]:
+    """Deal `texts` (their numbers) out to rows of nearly the same length: the longest first, each to the shortest row.
+
+    `lengths[number]` is a text's length in tokens; no row gets more than `texts_per_row` texts.
+    """
+    rows: list[list[int]] = [[] for _ in range(-(-len(texts) // texts_per_row))]
+    for text in sorted(texts, key=lambda text: lengths[text], reverse=True):
+        open_rows = [row for row in rows if len(row) < texts_per_row]
+        min(open_rows, key=lambda row: sum(lengths[other] for other in row)).append(text)
+    return rows
 
 
 class EvenRows(torch.utils.data.Sampler):

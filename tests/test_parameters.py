@@ -11,7 +11,8 @@ from papermill.cli import _resolve_type
 from test_notebooks import NOTEBOOKS, RUN_FILES, defaults, parameters_cell, source
 
 import helpers
-from helpers import RecipeError, Text
+from engine.parameters import Text
+from helpers import RecipeError
 from run_file import read_notebook, read_run
 
 # Found by use; each of them was accepted in silence once, or ended in an error of a library after hours.

@@ -336,7 +336,7 @@ def test_every_known_form_is_filtered_and_trained_on(tmp_path, form, rules):
     rows = [FORMS[form](question) for question in QUESTIONS]
     loaded = parsed(helpers.files.load_rows(write(tmp_path, "a.jsonl", lines(rows))))
     helpers.files.check_forms("a.jsonl", loaded)
-    filter_rules = helpers.files.load_rules(f"data/filter_rules_{rules}.json")
+    filter_rules = helpers.rules.load(f"data/filter_rules_{rules}.json")
     lenient = replace(filter_rules, rare_below=0, rare_after_below=0)
     kept, dropped, report = helpers.filter_rows(loaded, lenient)
     assert (report["rows_kept"], dropped) == (3, [])
