@@ -104,7 +104,7 @@ def place_outputs(output_dir: str, drive_dir: str) -> str:
 
 
 # The repository's own folders, besides those that begin with a dot.
-OWN_FOLDERS = ("benchmarks", "data", "docs", "notebooks", "pipelines", "tests")
+OWN_FOLDERS = ("benchmarks", "data", "docs", "engine", "notebooks", "pipelines", "tests")
 
 
 def check_output_dir(output_dir: str) -> None:

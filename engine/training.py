@@ -175,28 +175,54 @@ def paused(model: PreTrainedModel | PeftModel, engine: str) -> Iterator[None]:
 
 
 def try_without_padding(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> bool:
-    """Give a freshly loaded model `attention.packed`, if a row of these `texts` (token ids) scores each as alone.
+    """Give a freshly loaded model `attention.packed`, if a row of these `texts` (token ids) has the scores and
+    gradients that each has alone.
 
     Otherwise it keeps eager attention, and a line says why its rows have to be padded.
     """
     AttentionInterface.register("examples", attention.packed)
-    config, problem = model.config.get_text_config(), ""
+    config = model.config.get_text_config()
     rows = [torch.tensor([ids[:256]], device=model.device) for ids in texts]
     positions = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
-    try:
+    alone = [torch.cat(parts, dim=1) for parts in zip(*(scores_and_gradients(model, row) for row in rows), strict=True)]
+
+    def attempt() -> str:
         attention.check_known(config)
-        with torch.no_grad():
-            alone = torch.cat([model(row, use_cache=False).logits for row in rows], dim=1)
-            config._attn_implementation = "examples"
-            together = model(torch.cat(rows, dim=1), position_ids=positions, use_cache=False).logits
-        if not attention.scores_agree(together, alone):
-            problem = "a row without padding gives other scores than its texts alone"
-    except RecipeError as error:
-        problem = str(error)
-    if problem:
+        config._attn_implementation = "examples"
+        scores, gradients = scores_and_gradients(model, torch.cat(rows, dim=1), positions)
+        if not attention.scores_agree(scores, alone[0]):
+            return "a row without padding gives other scores than its texts alone"
+        if not gradients_agree(gradients, alone[1]):
+            return "a row without padding gives other gradients than its texts alone"
+        return ""
+
+    if problem := attention.find_way(model.device, attempt):
         config._attn_implementation = "eager"
         print(f"{problem}: texts are padded instead, with transformers' own eager attention")
     return not problem
+
+
+def scores_and_gradients(
+    model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of a row of token ids (1, tokens, vocabulary), and the gradients of its embeddings (1, tokens, width)
+    when every token shall predict itself: so no text has a part in another's.
+    """
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with torch.enable_grad():
+        scores = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(scores[0].float(), ids[0], reduction="sum")
+        (gradients,) = torch.autograd.grad(loss, embeddings)
+    return scores.detach(), gradients
+
+
+def gradients_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors of gradients differ by rounding only: by less than a hundredth of their norm, in 16 bit by
+    less than half of it.
+    """
+    limit = 1e-2 if found.dtype == torch.float32 else 0.5
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).norm() <= limit * expected.norm())
 
 
 class EvenRows(torch.utils.data.Sampler):

@@ -26,12 +26,65 @@ def pytest_pyfunc_call(pyfuncitem):
     return None
 
 
+def pytest_collection_modifyitems(items):
+    """What lies in tests/notebooks executes notebooks, and nothing else does: `pytest -m "not notebook"`.
+
+    First come the tests marked `plain_trl`, as long as no test has loaded unsloth.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("plain_trl") is None)
+    for item in items:
+        if item.path.parent.name == "notebooks":
+            item.add_marker("notebook")
+        elif "smoke" in item.fixturenames:
+            raise pytest.UsageError(f"{item.nodeid} executes notebooks: it belongs into tests/notebooks")
+
+
 def run_cell(notebook, cell_id, **values):
     """Execute one code cell of a notebook with these values; returns all names that it leaves behind."""
     cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     (source,) = ["".join(cell["source"]) for cell in cells if cell["id"] == cell_id]
     exec(source, values)
     return values
+
+
+def execute(name, output_dir, **values):
+    """Execute a notebook as papermill users do, with the smoke values and `values` on top."""
+    import papermill
+    import yaml
+
+    run = yaml.safe_load((ROOT / "data/runs/smoke.yaml").read_text(encoding="utf-8"))
+    parameters = run[name] | {"output_dir": str(output_dir)} | values
+    output = Path(output_dir) / f"{name}.ipynb"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        ROOT / "notebooks" / f"{name}.ipynb",
+        output,
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(ROOT),
+    )
+    return parameters
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory) -> Path:
+    """The tiny model in 4 bit with its tokenizer and record, as notebook 1 writes it."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    import helpers
+
+    base, folder = ROOT / "data/tiny/gemma2", tmp_path_factory.mktemp("quantized")
+    values = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(load_in_4bit=True, **values)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config)
+    helpers.models.keep_weights_unpacked(model)
+    model.save_pretrained(folder)
+    helpers.models.load_tokenizer(str(base)).save_pretrained(folder)
+    source = helpers.records.model_source("data/tiny/gemma2")
+    helpers.records.write(folder, helpers.records.make("01_quantize", {"model": source}, {}, []))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -242,15 +242,12 @@ def greedy(model, prompt: list[int], limit: int, process, stop) -> list[int]:
 
 def rules(tokenizer, ends: list[int]):
     """The rules of notebook 04 as new objects, and its stopping criteria."""
-    from conftest import run_cell
-
-    names = {"helpers": helpers, "tokenizer": tokenizer, "ban_words": True, "repetition_penalty": 1.1}
-    names["language_model"] = type("Model", (), {"generation_config": type("Ends", (), {"eos_token_id": ends})})
-    names = run_cell("04_rag_inference", "rules", **names)
-    return names["process"], names["stop"]
+    return helpers.decoding.token_rules(tokenizer, ends, 1.1, helpers.BANNED_WORDS, "\n### 質問")
 
 
-PROMPTS = [helpers.build_prompt(task["input"], []) for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]]
+PROMPTS = [
+    helpers.build_prompt(task["input"], [], "2024") for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]
+]
 
 
 def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, list[list[int]]]:
@@ -262,11 +259,11 @@ def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, li
     prompts, ends = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS], model.generation_config.eos_token_id
     found = {"loop": [greedy(model, prompt, 16, *rules(tokenizer, ends)) for prompt in prompts]}
     process, stop = rules(tokenizer, ends)
-    ways = {"slots": helpers.slots.answer, "batches": helpers.answers.in_batches}
+    ways = {"slots": helpers.slots.answer, "batches": helpers.decoding.in_batches}
     if engine != "transformers" or not helpers.slots.scores_agree(model, prompts[0]):
         del ways["slots"]
     for name, generate in ways.items():
-        decoding = helpers.answers.Decoding(generate, 3, process, stop)
+        decoding = helpers.decoding.Decoding(3, process, stop, penalize_prompt=True)
         answers = dict(generate(model, prompts, lambda _: 16, decoding))
         found[name] = [answers[i] for i in range(len(prompts))]
     return found
@@ -309,7 +306,7 @@ def table_row(family: str, engine: str, folder: Path) -> dict[str, str]:
     ids = names["03"]["train_dataset"]["input_ids"]
     bos = {text.count(names["03"]["tokenizer"].bos_token_id) for text in ids}
     row["<bos> per text"] = ", ".join(map(str, sorted(bos)))
-    row["untrained matrices"] = untrained(folder / "run/adapter", names["03"]["model_config"])
+    row["untrained matrices"] = untrained(folder / "run/adapter", names["03"]["config"])
     if engine == "transformers":
         difference = row_difference(checkpoint)
         row["row against texts alone"] = "padded" if difference is None else f"{difference:.1e}"

@@ -1,11 +1,7 @@
 """Section 6 of helpers.py: measures of an answer, likelihood of a reference, near-duplicates."""
 
-import json
-import math
-
+import pandas as pd
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import helpers
 
@@ -73,77 +69,6 @@ def test_an_empty_answer_counts_as_empty():
     assert [score(text)["empty"] for text in ("", " \n", "答")] == [1, 1, 0]
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    folder = "data/tiny/gemma2"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-PROMPTS = [helpers.build_prompt(text, []) for text in ("山", "35 × 12 を計算してください。", "物語を書いて。" * 30)]
-REFERENCES = ["富士山です。", "420", "昔々、あるところに。" * 9]
-
-
-@torch.no_grad()
-def one_by_one(model, tokenizer, prompt, reference):
-    """Without batch, padding, mask or chosen logits: the sum of -log p of each token, divided by the characters."""
-    ids = tokenizer(prompt)["input_ids"]
-    start = len(ids)
-    ids += tokenizer(reference, add_special_tokens=False)["input_ids"]
-    probabilities = model(torch.tensor([ids])).logits[0].double().softmax(-1)
-    return -sum(math.log(probabilities[i - 1, ids[i]]) for i in range(start, len(ids))) / len(reference)
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 1024, 4096])
-def test_likelihood_in_batches_is_that_of_one_by_one(tiny, batch_tokens):
-    expected = [one_by_one(*tiny, *pair) for pair in zip(PROMPTS, REFERENCES, strict=True)]
-    found = helpers.answers.reference_nll(*tiny, PROMPTS, REFERENCES, batch_tokens)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert len(set(found)) == 3
-
-
-def test_likelihood_computes_logits_for_the_references_alone(tiny, monkeypatch):
-    """The vocabulary has 256,000 entries: logits over a whole prompt of 3,000 tokens would fill a GPU."""
-    model, tokenizer = tiny
-    shapes = []
-    forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda **values: shapes.append((out := forward(**values)).logits.shape) or out
-    )
-    helpers.answers.reference_nll(model, tokenizer, PROMPTS, REFERENCES)
-    longest = max(len(tokenizer(reference, add_special_tokens=False)["input_ids"]) for reference in REFERENCES)
-    assert [shape[:2] for shape in shapes] == [(3, longest + 1)]
-
-
-def test_likelihood_copies_no_output_matrix(tiny):
-    """Beside an adapter the output matrix is frozen, and torch may then copy it for each row: gigabytes a batch."""
-    model, tokenizer = tiny
-    model.requires_grad_(False)
-    with torch.profiler.profile(record_shapes=True) as profile:
-        helpers.answers.reference_nll(model, tokenizer, PROMPTS, REFERENCES)
-    copied = [len(PROMPTS), model.config.hidden_size, model.config.vocab_size]
-    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
-    assert shapes
-    assert not any(copied in given for given in shapes)
-
-
-def test_likelihood_is_the_same_after_answering_in_slots(tiny):
-    """Notebook 04 answers first; the attention of its slots cannot read padded batches."""
-    before = helpers.answers.reference_nll(*tiny, PROMPTS, REFERENCES)
-    helpers.slots.Decoder(tiny[0], slots=2, columns=64)
-    assert tiny[0].config._attn_implementation == "slots"
-    assert helpers.answers.reference_nll(*tiny, PROMPTS, REFERENCES) == before
-
-
-def test_unsloth_finds_the_same_likelihood(smoke):
-    found = []
-    for engine in ("transformers", "unsloth"):
-        model, tokenizer = helpers.models.load(str(smoke / "quantized"), engine, max_seq_length=512)
-        model.eval()
-        found.append(helpers.answers.reference_nll(model, tokenizer, PROMPTS, REFERENCES))
-    assert found[0] == pytest.approx(found[1], rel=1e-2)
-
-
 QUESTIONS = [
     "仕事の熱意を取り戻すためのアイデアを5つ挙げてください。",
     "クマが海辺に行ってアザラシと友達になり、最終的には家に帰るというプロットの短編小説を書いてください。",
@@ -179,10 +104,11 @@ def test_summary_leaves_out_what_it_is_told_and_what_is_missing():
     assert summary["judge"] == {"tasks": 1, "mean": 5, "low": None, "high": None}
 
 
-def test_smoke_run_is_scored(smoke):
-    scores = json.loads((smoke / "scores.json").read_text(encoding="utf-8"))
-    tasks = helpers.files.load_tasks("data/sample/tasks.jsonl")
-    assert [row["task_id"] for row in scores["per_task"]] == [row["task_id"] for row in tasks]
-    assert all(0 < row["nll"] < 10 and 0 <= row["chrf"] < 100 for row in scores["per_task"])
-    assert scores["judge"] is None
-    assert {copy["task_id"] for copy in scores["near_duplicates"]} < {row["task_id"] for row in tasks}
+def test_a_table_shows_text_as_text_and_cuts_it():
+    """What models and data say must not become HTML in the notebook."""
+    html = helpers.show(
+        pd.DataFrame({"text": ["<script>alert(1)</script>", "長" * 300], "value": [1 / 3, 2.0]})
+    ).to_html()
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    assert "長" * 200 + " …" in html and "長" * 201 not in html
+    assert "0.333" in html

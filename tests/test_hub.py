@@ -4,21 +4,19 @@ import base64
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-import papermill
 import pytest
 import yaml
 from conftest import ROOT
-from test_setup import repository  # noqa: F401, a fixture
+
+import helpers
+from helpers import RecipeError
 
 SHA = "c0ffee" + "0" * 34
-SMOKE = yaml.safe_load((ROOT / "data/runs/smoke.yaml").read_text(encoding="utf-8"))
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -137,7 +135,7 @@ def committed(commit: list[dict]) -> dict[str, bytes | str]:
 def test_folder_goes_to_a_private_repository_and_an_interrupted_push_goes_on(hub, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
     (tmp_path / "model.safetensors").write_bytes(b"weights" * 1000)
-    push = f"helpers.hub.push({str(tmp_path)!r}, 'me/thing', 'hf_x')"
+    push = f"helpers.hub.push_folder({str(tmp_path)!r}, 'me/thing', 'hf_x')"
     hub.refuse = True
     assert call(hub, push).returncode == 1
     assert (len(hub.stored), hub.commits) == (1, [])
@@ -166,84 +164,14 @@ def test_licence_is_read_from_the_card(hub):
         assert allowed.stdout.strip() == licence
 
 
-def run_alone(notebook: str, folder: Path, **values: object) -> str:
-    """Execute a notebook as a badge opens it, in an empty folder, with the smoke values; what it prints."""
-    folder.mkdir()
-    executed = papermill.execute_notebook(
-        ROOT / f"notebooks/{notebook}.ipynb",
-        folder / "out.ipynb",
-        SMOKE[notebook] | {"output_dir": "outputs/alone"} | values,
-        progress_bar=False,
-        cwd=str(folder),
-    )
-    outputs = (output for cell in executed.cells for output in cell.get("outputs", ()))
-    return "".join(output.get("text", "") for output in outputs)
-
-
-def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, repository, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("RECIPE_REPOSITORY", repository)
-    monkeypatch.setenv("HF_ENDPOINT", hub.address)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
-    said = run_alone("01_quantize", tmp_path / "1", hub_repo="me/quantized")
-    assert 'in notebook 3: model = "me/quantized"' in said
-    said = run_alone("02_filter_magpie", tmp_path / "2", hub_repo="me/filtered", dataset="data/sample/magpie.jsonl")
-    assert 'in notebook 3: train_data = "me/filtered"' in said
-    (created,) = [request for request in hub.created if request.get("type") == "dataset"]
-    assert created["visibility"] == "private"
-    assert committed(hub.commits[-1]).keys() == {
-        "README.md",
-        *(f"filtered_magpie.jsonl{x}" for x in ("", ".record.json")),
-    }
-    pushed = hub.files["datasets/me/filtered"]  # the sample is a file of one's own, so its card names no licence
-    pushed["README.md"] = pushed["README.md"].replace(b"---", b"---\nlicense: apache-2.0", 1)
-    values = {"model": "me/quantized", "train_data": "me/filtered", "hub_repo": "me/adapter", "max_steps": 3}
-    said = run_alone("03_sft", tmp_path / "3", **values, warmup_steps=1, logging_steps=1)
-    assert 'in notebook 4: adapter = "me/adapter"' in said
-    run_alone("04_rag_inference", tmp_path / "4", adapter="me/adapter", max_new_tokens=4)
-    made = tmp_path / "4/gemma2-ja-qlora/outputs/alone"
-    rows = [json.loads(line) for line in (made / "output.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 10 and not (made / "quantized").exists()
-    record = json.loads((made / "output.jsonl.record.json").read_text(encoding="utf-8"))
-    model, adapter = record["inputs"]["model"], record["inputs"]["adapter"]
-    assert (model["name"], adapter["name"]) == ("me/quantized", "me/adapter")
-    assert adapter["inputs"]["model"]["sha256"] == model["sha256"] != ""
-    # The record leads from the answers back to the rows before the filter, over three repositories.
-    assert adapter["inputs"]["train_data"]["inputs"]["dataset"]["name"] == "data/sample/magpie.jsonl"
-
-
-COLAB_DRIVE = """
-import os
-import shutil
-
-def mount(path):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if not os.path.islink(path):
-        os.symlink(os.environ["DRIVE"], path)
-"""
-
-
-@pytest.mark.skipif(not os.access("/", os.W_OK) or os.path.exists("/content"), reason="Colab's /content is made here")
-def test_each_notebook_runs_alone_on_what_lies_in_google_drive(repository, tmp_path, monkeypatch):  # noqa: F811
-    """Machines of their own, the same Drive. The package google.colab exists on Colab alone: a small one stands in."""
-    package = tmp_path / "packages/google/colab"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "drive.py").write_text(COLAB_DRIVE)
-    (tmp_path / "drive/MyDrive").mkdir(parents=True)
-    monkeypatch.setenv("DRIVE", str(tmp_path / "drive"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-    monkeypatch.setenv("RECIPE_REPOSITORY", repository)
-    try:
-        run_alone("01_quantize", tmp_path / "1", drive_dir="recipe")
-        run_alone("02_filter_magpie", tmp_path / "2", drive_dir="recipe")
-        run_alone("03_sft", tmp_path / "3", drive_dir="recipe", max_steps=3, warmup_steps=1)
-        run_alone("04_rag_inference", tmp_path / "4", drive_dir="recipe", max_new_tokens=4)
-    finally:
-        shutil.rmtree("/content")
-    made = {path.name for path in (tmp_path / "drive/MyDrive/recipe/outputs/alone").iterdir()}
-    assert {"quantized", "filtered_magpie.jsonl", "adapter", "output.jsonl"} <= made
-    for number in "1234":
-        assert not (tmp_path / number / "gemma2-ja-qlora/outputs").exists()
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data", "holds no config.json"),
+        ("outputs/nowhere/quantized", "no such folder"),
+        ("nobody/nothing", "the hub cannot be reached"),
+    ],
+)
+def test_missing_models(name, message):
+    with pytest.raises(RecipeError, match=message):
+        helpers.hub.find_model(name)

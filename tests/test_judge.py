@@ -5,11 +5,9 @@ import re
 import threading
 import time
 from contextlib import suppress
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_notebooks import execute
 
 import helpers
 
@@ -31,7 +29,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, *plan):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.plan, self.requests, self.times = list(plan), [], []
+        self.plan, self.requests = list(plan), []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -42,7 +40,6 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(
             {"path": self.path, "headers": {k.title(): v for k, v in self.headers.items()}, **body}
         )
-        self.server.times.append(time.monotonic())
         plan = self.server.plan
         step = plan.pop(0) if len(plan) > 1 else plan[0]
         if callable(step):
@@ -57,8 +54,6 @@ class Handler(BaseHTTPRequestHandler):
         content = text if text.startswith("<") else json.dumps(message)
         self.send_response(status)
         self.send_header("Content-Type", "text/html" if text.startswith("<") else "application/json")
-        if status == 429:
-            self.send_header("Retry-After", "1")
         self.send_header("Content-Length", str(len(content.encode())))
         self.end_headers()
         with suppress(BrokenPipeError):  # the client has given up waiting
@@ -163,24 +158,18 @@ def test_a_judge_that_never_answers_in_json_is_a_failure_of_each_task(serve, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_busy_judge_is_asked_again_when_it_says(serve, tmp_path):
-    server = serve(429, GOOD)
-    assert judge(server, tmp_path, TASKS[:1], ANSWERS[:1])["grades"] == {0: 4}
-    assert 1 <= server.times[1] - server.times[0] < 3
-
-
-def test_a_server_error_is_asked_again(serve, tmp_path):
-    server = serve(500, GOOD)
-    assert judge(server, tmp_path, TASKS[:1], ANSWERS[:1])["grades"] == {0: 4}
-    assert len(server.requests) == 2
-
-
-def test_after_time_outs_the_grades_so_far_stay_and_only_the_rest_is_asked_later(serve, tmp_path, short_pauses):
-    server = serve(GOOD, GOOD, 1.0)
-    result = judge(server, tmp_path, timeout=0.2)
+def test_after_time_outs_the_grades_so_far_stay_and_only_the_rest_is_asked_later(
+    serve, tmp_path, monkeypatch, short_pauses
+):
+    monkeypatch.setattr(helpers.judge, "GIVE_UP_AFTER", 1)
+    server = serve(GOOD, GOOD, 20.0)
+    result = judge(server, tmp_path, timeout=1.0)
     assert result["grades"] == {0: 4, 1: 4}
-    assert {failure["reason"] for failure in result["failures"]} == {"TimeoutError"}
-    assert len(server.requests) == 2 + 3 * 4
+    assert [failure["reason"] for failure in result["failures"]] == [
+        "TimeoutError",
+        *["not asked: no answer 1 times"] * 2,
+    ]
+    assert len(server.requests) == 2 + 4
     server.plan[:] = [GOOD]
     later = judge(server, tmp_path)
     assert (later["grades"], later["requests"]) == (dict.fromkeys(range(5), 4), 3)
@@ -271,12 +260,10 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 @pytest.mark.parametrize("kind", ["application/json", "text/html; charset=nonsense"])
 def test_a_reply_of_another_form_is_a_failure_with_a_short_reason(serve, tmp_path, body, kind):
     server = serve(lambda handler: send(handler, body, **{"Content-Type": kind}))
-    started = time.monotonic()
     result = judge(server, tmp_path, TASKS[:1], ANSWERS[:1])
     assert result["grades"] == {}
     assert [failure["task_id"] for failure in result["failures"]] == [0]
     assert 0 < len(result["failures"][0]["reason"]) <= 80
-    assert time.monotonic() - started < 5
 
 
 def test_a_judge_that_counts_no_tokens(serve, tmp_path):
@@ -311,24 +298,11 @@ def test_an_answer_cannot_pass_for_the_aspects(serve, tmp_path):
     assert found == {"問題": "0 + 0 は?", "正解例": "0", "採点の観点": "- 答えが違えば1点", "回答": marked}
 
 
-def test_a_date_in_retry_after_is_waited_for(serve, tmp_path):
-    date = formatdate(time.time() + 3, usegmt=True)
-    server = serve(lambda handler: send(handler, b"", 503, Retry_After=date), GOOD)
-    assert judge(server, tmp_path, TASKS[:1], ANSWERS[:1])["grades"] == {0: 4}
-    assert 1.5 < server.times[1] - server.times[0] < 4
-
-
-def test_a_lost_connection_is_tried_again(serve, tmp_path):
-    server = serve(lambda handler: handler.connection.close(), GOOD)
-    assert judge(server, tmp_path, TASKS[:1], ANSWERS[:1])["grades"] == {0: 4}
-    assert len(server.requests) == 2
-
-
-@pytest.mark.parametrize("status", [429, 500])
-def test_a_busy_judge_is_asked_four_times_in_all(serve, tmp_path, status):
-    server = serve(lambda handler: send(handler, b"", status, Retry_After="0.01"))
+def test_a_busy_judge_is_asked_four_times_in_all(serve, tmp_path):
+    """By the client of openai, which also reads Retry-After: only the number is ours."""
+    server = serve(lambda handler: send(handler, b"", 429, Retry_After="0.01"))
     result = judge(server, tmp_path, TASKS[:1], ANSWERS[:1])
-    assert result["failures"] == [{"task_id": 0, "reason": f"HTTP {status}"}]
+    assert result["failures"] == [{"task_id": 0, "reason": "HTTP 429"}]
     assert len(server.requests) == 4
 
 
@@ -363,20 +337,3 @@ def test_the_judge_is_reached_through_the_proxy_of_the_environment(serve, tmp_pa
     values = {"base_url": "http://judge.invalid/v1", "model": "judge-1", "key": "secret-key", "cache": tmp_path}
     assert helpers.judge.grade(TASKS[:1], ANSWERS[:1], **values)["grades"] == {0: 4}
     assert server.requests[0]["path"] == "http://judge.invalid/v1/chat/completions"
-
-
-@pytest.mark.parametrize(("references", "graded"), [(["420", None, ""], {"0": 4}), ([None, None, None], {})])
-def test_notebook_scores_the_tasks_with_a_reference(serve, smoke, tmp_path, monkeypatch, references, graded):
-    """The judge at work in notebook 04; a missing reference is no error, and the key is in no file."""
-    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
-    tasks = [{"task_id": i, "input": f"課題{i}", "output": text} for i, text in enumerate(references)]
-    helpers.files.write_jsonl(tmp_path / "tasks.jsonl", tasks)
-    values = {"tasks": str(tmp_path / "tasks.jsonl"), "model": str(smoke / "quantized"), "adapter": "none", "k": 1}
-    server = serve(GOOD)
-    execute("04_rag_inference", tmp_path / "run", **values, judge_base_url=server.url, judge_model="judge-1")
-    scores = json.loads((tmp_path / "run/scores.json").read_text(encoding="utf-8"))
-    assert (scores["tasks_with_reference"], scores["judge"]["grades"]) == (len(graded), graded)
-    assert [scored["chrf"] is not None for scored in scores["per_task"]] == [bool(text) for text in references]
-    assert scores["mean"]["characters"]["tasks"] == 3
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert not [path for path in files if b"secret-key" in path.read_bytes()]

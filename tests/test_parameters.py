@@ -7,8 +7,7 @@ import re
 
 import pytest
 from conftest import ROOT, run_cell
-from papermill.exceptions import PapermillExecutionError
-from test_notebooks import NOTEBOOKS, RUN_FILES, defaults, execute, parameters_cell, source
+from test_notebooks import NOTEBOOKS, RUN_FILES, defaults, parameters_cell, source
 
 import helpers
 from helpers import RecipeError, Text
@@ -117,12 +116,3 @@ def test_run_py_and_the_cell_say_the_same(name, value, tmp_path, monkeypatch):
         with pytest.raises(RecipeError) as in_run_file:
             read_run(run_file, [], notebooks)
         assert str(in_run_file.value) == f"{notebook}.{in_cell.value}"
-
-
-@pytest.mark.parametrize("notebook", [path.stem for path in NOTEBOOKS])
-def test_papermill_stops_at_the_set_up(notebook, tmp_path):
-    wrong = {"01_quantize": ("quant_type", "int8"), "02_filter_magpie": ("max_rows", 0.5)}
-    name, value = wrong.get(notebook, ("max_seq_length", 8))
-    with pytest.raises(PapermillExecutionError, match=f"RecipeError: {name} must be ") as raised:
-        execute(notebook, tmp_path, **{name: value})
-    assert raised.value.exec_count == 3  # after the parameters and papermill's values

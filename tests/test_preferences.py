@@ -33,8 +33,8 @@ def loaded():
 
 def pair(**changes):
     return {
-        "input": "日本で一番高い山は。",
-        "output": "富士山です。",
+        "instruction": "日本で一番高い山は。",
+        "response": "富士山です。",
         "rejected": "知りません。",
         "cut": False,
     } | changes
@@ -44,11 +44,11 @@ def test_a_pair_has_one_bos_and_ends_where_its_answers_end(loaded):
     _, tokenizer = loaded
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     written = "<bos>富士山です。<eos>"
-    for changes, end in (({}, [eos]), ({"cut": True}, []), ({"output": written, "rejected": written}, [eos])):
+    for changes, end in (({}, [eos]), ({"cut": True}, []), ({"response": written, "rejected": written}, [eos])):
         example = pair(**changes)
         ids = preferences.pair_ids(tokenizer, example)
-        for name, column, last in (("chosen_ids", "output", [eos]), ("rejected_ids", "rejected", end)):
-            text = helpers.sft_text(example["input"], example[column], "")
+        for name, column, last in (("chosen_ids", "response", [eos]), ("rejected_ids", "rejected", end)):
+            text = helpers.sft_text(example["instruction"], example[column], "")
             assert ids["prompt_ids"] + ids[name] == helpers.encode(tokenizer, text).ids + last
         together = ids["prompt_ids"] + ids["chosen_ids"]
         assert (together.index(bos), together.count(bos), together.count(eos)) == (0, 1, 1)
@@ -88,7 +88,7 @@ def test_the_trainer_sees_the_pairs_and_starts_from_the_reference(tmp_path):
 def test_answers_in_a_padded_batch_are_those_of_each_question_alone(loaded, monkeypatch):
     model, tokenizer = loaded
     monkeypatch.setattr(preferences, "NEW_TOKENS", 8)
-    questions = [row["input"] for row in helpers.files.load_pairs(ROWS)[:3]]
+    questions = [row["instruction"] for row in helpers.files.load_pairs(ROWS)[:3]]
     found = preferences.write_answers(model.float(), tokenizer, questions, preferences.GREEDY)
     assert found == [preferences.write_answers(model, tokenizer, [q], preferences.GREEDY)[0] for q in questions]
     assert len({text for text, _ in found}) == 3
@@ -110,12 +110,12 @@ def test_notebook_4_gets_an_adapter_that_prefers_the_chosen_answers(tmp_path, mo
     stored = load_file(tmp_path / "adapter/adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16}  # as notebook 3 saves it
     rows = helpers.files.load_rows(tmp_path / "pairs.jsonl")
-    prompts = [helpers.sft_text(row["input"], "", "") for row in rows]
+    prompts = [helpers.encode(tokenizer, helpers.sft_text(row["instruction"], "", "")).ids for row in rows]
 
     def margin():
         nll = [
             helpers.answers.reference_nll(lm, tokenizer, prompts, [r[name] for r in rows])
-            for name in ("output", "rejected")
+            for name in ("response", "rejected")
         ]
         return sum(nll[1]) - sum(nll[0])
 

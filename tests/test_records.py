@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import run_cell
+from huggingface_hub import DatasetCard, ModelCard
 
 import helpers
 from helpers import RecipeError
@@ -79,7 +79,6 @@ def test_a_record_that_is_damaged_or_of_another_form_is_one_line(product, text):
     for finished in (True, False):
         with pytest.raises(RecipeError, match=r"is unfinished, or .*record\.json cannot be read: run the notebook"):
             helpers.records.check(product, finished)
-    helpers.records.check_free_folder(product, source("a/c"))
 
 
 def test_a_record_in_which_a_key_of_an_input_is_missing_is_none(product):
@@ -99,14 +98,6 @@ def test_what_systems_put_into_every_folder_is_no_part_of_it(product, name):
     assert helpers.records.model_source(str(product), finished=True) == before
     helpers.records.write(product, helpers.records.read(product))  # as after a kill while record.json.part was written
     assert helpers.records.read(product)["files"].keys() == {"weights", "sub/tokens", "config.json"}
-
-
-def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
-    (tmp_path / "file").touch()
-    for folder in ("/proc/1/x", tmp_path / "file", tmp_path / "file/x"):
-        with pytest.raises(RecipeError, match=rf"^output_dir {folder} cannot be written") as error:
-            helpers.machine.lock_folder(str(folder), "03_sft")
-        assert "\n" not in str(error.value)
 
 
 def test_a_model_is_its_contents_wherever_it_lies(product, tmp_path):
@@ -136,12 +127,20 @@ def test_records_differ_in_contents_and_settings_not_in_names():
     assert helpers.records.changed_parts(old, new) == ["a", "model", "qa", "r"]
 
 
-def test_a_folder_that_holds_another_base_is_refused(product, tmp_path):
-    helpers.records.check_free_folder(tmp_path / "new", source())
-    helpers.records.check_free_folder(product, source())
-    for other in (source("a/c"), source("a/b", "124")):
-        with pytest.raises(RecipeError, match=r"already holds a/b \(local\), not a/"):
-            helpers.records.check_free_folder(product, other)
+def test_a_folder_that_holds_another_base_is_refused(tmp_path):
+    """Notebook 1, before anything is written: the same weights may be quantized again, wherever they lie."""
+    for name, weights in {"base": "abc", "moved": "abc", "other": "def"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text(weights)
+    out, values = tmp_path / "out", {"helpers": helpers, "Path": Path, "drive_dir": "", "hub_repo": ""}
+    (out / "quantized").mkdir(parents=True)
+    base = helpers.records.model_source(str(tmp_path / "base"))
+    helpers.records.write(out / "quantized", helpers.records.make("01_quantize", {"model": base}, {}, []))
+    values |= {"output_dir": str(out), "base_revision": ""}
+    run_cell("01_quantize", "source", base_model=str(tmp_path / "moved"), **values)
+    with pytest.raises(RecipeError, match=r"quantized already holds .*/base \(local\): choose another output_dir"):
+        run_cell("01_quantize", "source", base_model=str(tmp_path / "other"), **values)
 
 
 def test_origins_are_what_others_published():
@@ -159,20 +158,114 @@ def test_origins_are_what_others_published():
     helpers.records.check_licences(inputs, "cc-by-sa-4.0")
 
 
-HOLD = """
-import sys, time; sys.path.insert(0, sys.argv[1])
-import helpers
-helpers.machine.lock_folder(sys.argv[2], "03_sft")
-print("locked", flush=True); time.sleep(60)
-"""
+@pytest.mark.parametrize(
+    ("card", "licence", "said"),
+    [
+        ("license: [gemma, llama3.3]", ["gemma", "llama3.3"], ("Gemma Terms of Use", "Built with Llama.")),
+        ("license: apache-2.0", "apache-2.0", ()),
+        ("license: other\nlicense_name: qwen\nlicense_link: https://a/b", "other", ()),
+        ("license: [a", None, ()),
+        ("tags: [x]", None, ()),
+    ],
+)
+def test_the_card_has_the_licence_of_the_base_and_says_what_it_asks_for(tmp_path, card, licence, said):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    record = helpers.records.make("01", {"model": helpers.records.model_source(str(tmp_path))}, {}, [])
+    helpers.records.check_licences(record["inputs"])  # a model's licence is shown, not judged
+    text = helpers.records.model_card("T", record, [], {})
+    data = ModelCard(text).data
+    assert data.license == licence
+    assert (data.license_name, data.license_link) == (("qwen", "https://a/b") if licence == "other" else (None, None))
+    notices = ("Gemma Terms of Use", "Built with Llama.")
+    assert [notice in text for notice in notices] == [notice in said for notice in notices]
 
 
-def test_a_second_run_in_the_same_folder_says_who_holds_it(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLD, ROOT, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(RecipeError, match=rf"is in use: process {holder.pid} on .* since 20.* runs 03_sft; wait"):
-            helpers.machine.lock_folder(tmp_path, "03_sft")
-        helpers.machine.lock_folder(tmp_path, "02_filter_magpie")  # another notebook may run at the same time
-        holder.kill()  # as by kill -9: the lock is free again
-    helpers.machine.lock_folder(tmp_path, "03_sft")
-    helpers.machine.lock_folder(tmp_path, "03_sft")  # the cell may run twice
+class TestLicences:
+    @staticmethod
+    def source(licence):
+        return {"dataset": {"name": "a/b", "commit": "c", "sha256": "", "licence": licence, "inputs": {}}}
+
+    @pytest.mark.parametrize("licence", ["apache-2.0", "cc0-1.0", "mit, cc-by-4.0"])
+    def test_permissive_ones_pass(self, licence):
+        helpers.records.check_licences(self.source(licence))
+
+    @pytest.mark.parametrize(
+        ("licence", "named"),
+        [
+            ("cc-by-sa-4.0", "cc-by-sa-4.0"),
+            ("unknown", "unknown"),
+            ("mit, cc-by-nc-4.0", "cc-by-nc-4.0"),
+            ("other", "other"),
+        ],
+    )
+    def test_others_stop_unless_allowed(self, licence, named):
+        with pytest.raises(
+            helpers.RecipeError, match=rf"^a/b: the licence {named} is not .* allow_licences = '{named}'$"
+        ):
+            helpers.records.check_licences(self.source(licence))
+        helpers.records.check_licences(self.source(licence), f"x, {named.upper()}")
+
+    def test_local_files_are_your_own_and_the_hub_is_asked_for_others(self):
+        assert helpers.records.data_source("data/sample/qa.jsonl")["licence"] == "your own (local file)"
+        with pytest.raises(helpers.RecipeError, match="nobody/nothing: its licence cannot be read"):
+            helpers.records.data_source("nobody/nothing")
+
+
+class TestCards:
+    @staticmethod
+    def record(**inputs):
+        return helpers.records.make("test", inputs, {"r": 64}, ["peft"])
+
+    def test_model_card_names_base_and_data(self):
+        model = {"name": "google/gemma-2-27b", "commit": "123", "sha256": "", "licence": "gemma", "inputs": {}}
+        data = {"name": "owner/set", "commit": "abc", "sha256": "", "licence": "apache-2.0", "inputs": {}}
+        card = ModelCard(
+            helpers.records.model_card("T", self.record(model=model, dataset=data), ["peft"], {"loss": "2.5"})
+        )
+        assert (card.data.base_model, card.data.datasets, card.data.license) == (
+            "google/gemma-2-27b",
+            ["owner/set"],
+            "gemma",
+        )
+        for row in ("| dataset | owner/set, abc, apache-2.0 |", "| settings | r 64 |", "| loss | 2.5 |"):
+            assert row in card.text
+        assert "Gemma Terms of Use" in card.text
+
+    def test_dataset_card_hands_the_licence_on(self):
+        source = {"name": "owner/set", "commit": "abc", "sha256": "", "licence": "apache-2.0", "inputs": {}}
+        card = DatasetCard(helpers.records.dataset_card("T", self.record(dataset=source), {"rows kept": "1 of 2"}))
+        assert (card.data.license, card.data.source_datasets) == (["apache-2.0"], ["owner/set"])
+        own = DatasetCard(
+            helpers.records.dataset_card(
+                "T", self.record(dataset=helpers.records.data_source("data/sample/qa.jsonl")), {}
+            )
+        )
+        assert own.data.license is None
+
+
+def test_adapter_of_another_base_stops_the_run(tmp_path):
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "unsloth/gemma-2-27b-bnb-4bit",
+        "target_modules": ["q_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = helpers.records.model_source(str(tmp_path))
+    helpers.records.check_adapter(adapter, {"name": "unsloth/gemma-2-27b-bnb-4bit"})
+    with pytest.raises(RecipeError, match=r"trained on unsloth/gemma-2-27b-bnb-4bit, not on google/gemma-2-27b"):
+        helpers.records.check_adapter(adapter, {"name": "google/gemma-2-27b"})
+
+
+def test_adapter_of_a_base_that_was_moved(tmp_path):
+    """The same files under another name are the same base; other files are not."""
+    for name, weights in {"elsewhere": "abc", "moved": "abc", "other": "def", "adapter": "ghi"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text(weights)
+    base = helpers.records.model_source(str(tmp_path / "elsewhere"))
+    helpers.records.write(tmp_path / "adapter", helpers.records.make("03_sft", {"model": base}, {}, []))
+    adapter = helpers.records.model_source(str(tmp_path / "adapter"))
+    helpers.records.check_adapter(adapter, helpers.records.model_source(str(tmp_path / "moved")))
+    with pytest.raises(RecipeError, match=r"trained on .*/elsewhere, not on .*/other"):
+        helpers.records.check_adapter(adapter, helpers.records.model_source(str(tmp_path / "other")))

@@ -1,6 +1,7 @@
 """The set-up cell as on Colab: an empty folder that holds only the notebook; and what colab_setup.py decides."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -9,12 +10,8 @@ import zipfile
 from pathlib import Path
 from site import getsitepackages
 
-import nbformat
-import papermill
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 
 import colab_setup
@@ -91,7 +88,7 @@ def test_an_environment_without_the_pins_gets_them_and_keeps_its_torch(tmp_path)
     """With real pip, from wheels made here: one package is missing, one is old, one goes; torch stays."""
     versions = {"torch": "2.9", "transformers": "1.0", "torchao": "0.10.0"}
     # The packages of this interpreter behind its own: an environment made from an environment would not see them.
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     python = tmp_path / "env/bin/python"
     (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (site / "behind.pth").write_text("\n".join(getsitepackages()))
@@ -125,69 +122,6 @@ def test_an_environment_without_the_pins_gets_them_and_keeps_its_torch(tmp_path)
     assert "torchao" not in found
 
 
-@pytest.fixture
-def repository(tmp_path):
-    """A git repository of the working tree with the tag that the set-up cell asks for; returns its address."""
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "outputs", "models", "__pycache__"))
-    git = ["git", "-C", source, "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"], ["tag", "v0.1.0"]):
-        subprocess.run([*git, *command], check=True)
-    return f"file://{source}"
-
-
-def set_up_output(path: Path) -> str:
-    (cell,) = [cell for cell in nbformat.read(path, 4).cells if cell.id == "setup"]
-    return "".join(output.get("text", "") for output in cell.outputs)
-
-
-def test_notebook_alone_in_an_empty_folder(repository, tmp_path, monkeypatch):
-    """As the badge gives it. Here everything is installed, so nothing may be; the second run needs no repository."""
-    alone = tmp_path / "content"
-    alone.mkdir()
-    shutil.copy(ROOT / "notebooks/02_filter_magpie.ipynb", alone)
-    values = {"output_dir": "outputs/try", "dataset": "data/sample/magpie.jsonl", "dataset_revision": ""}
-    for address in (repository, "file:///nowhere"):
-        monkeypatch.setenv("RECIPE_REPOSITORY", address)
-        papermill.execute_notebook(
-            alone / "02_filter_magpie.ipynb", tmp_path / "out.ipynb", values, progress_bar=False, cwd=str(alone)
-        )
-        assert set_up_output(tmp_path / "out.ipynb") == "set-up: everything is installed\n"
-        report = json.loads((alone / "gemma2-ja-qlora/outputs/try/filter_report.json").read_text(encoding="utf-8"))
-        assert report["rows_in"] == 195
-
-
-@pytest.mark.parametrize(
-    ("notebook", "values", "missing"),
-    [
-        ("03_sft", {}, ("outputs/try/quantized", "notebook 1", "model")),
-        ("03_sft", {"model": "me/base"}, ("outputs/try/filtered_magpie.jsonl", "notebook 2", "train_data")),
-        ("04_rag_inference", {}, ("outputs/try/quantized", "notebook 1", "model")),
-        ("04_rag_inference", {"model": "me/base"}, ("outputs/try/adapter", "notebook 3", "adapter")),
-    ],
-)
-def test_a_notebook_alone_says_what_is_missing_before_it_installs_anything(
-    notebook, values, missing, repository, tmp_path, monkeypatch
-):
-    """As a badge opens it: an empty folder, and no output of the notebooks before."""
-    path, number, parameter = missing
-    alone = tmp_path / "content"
-    alone.mkdir()
-    monkeypatch.setenv("RECIPE_REPOSITORY", repository)
-    with pytest.raises(papermill.PapermillExecutionError) as raised:
-        papermill.execute_notebook(
-            ROOT / f"notebooks/{notebook}.ipynb",
-            tmp_path / "out.ipynb",
-            {"output_dir": "outputs/try"} | values,
-            progress_bar=False,
-            cwd=str(alone),
-        )
-    assert raised.value.exec_count == 3 and "\n" not in raised.value.evalue
-    assert raised.value.evalue.startswith(f"{path} is not here. Run {number} with the same output_dir first")
-    assert f"or set {parameter} to the hub repository that {number} pushed to" in raised.value.evalue
-    assert "set-up: installing" not in set_up_output(tmp_path / "out.ipynb")
-
-
 def test_the_competition_s_tasks_are_asked_for_by_name_and_found_beside_the_notebook(tmp_path, monkeypatch, capsys):
     values = {"model": "me/base", "adapter": "none", "tasks": "elyza-tasks-100-TV_0.jsonl", "train_data": ""}
     monkeypatch.chdir(ROOT)
@@ -203,24 +137,21 @@ def test_the_competition_s_tasks_are_asked_for_by_name_and_found_beside_the_note
     assert values == before
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_set_up_does_nothing_inside_the_repository(notebook, tmp_path, monkeypatch):
-    monkeypatch.setenv("RECIPE_REPOSITORY", "file:///nowhere")
-    content = nbformat.read(notebook, 4)
-    content.cells = [cell for cell in content.cells if cell.id in ("parameters", "setup")]
-    content.cells[0].source += f"\nmodel = adapter = tasks = train_data = output_dir = {str(tmp_path)!r}"
-    NotebookClient(content, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    assert not content.cells[1].outputs
-
-
-def test_placeholder_address_is_named(tmp_path, monkeypatch):
-    monkeypatch.delenv("RECIPE_REPOSITORY", raising=False)
-    content = nbformat.read(ROOT / "notebooks/02_filter_magpie.ipynb", 4)
-    address = "https://github.com/<owner>/gemma2-ja-qlora"
-    content.cells = [cell for cell in content.cells if cell.id == "setup"]
-    if address not in content.cells[0].source:
-        pytest.skip("`make publish` has put the owner's name in")
-    with pytest.raises(CellExecutionError) as error:
-        NotebookClient(content, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert (error.value.ename, "\n" in error.value.evalue) == ("SystemExit", False)
-    assert address in error.value.evalue
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("trl.trainer.sft_trainer", "Padding-free training is enabled, but the attention implementation is not set to"),
+        (
+            "liger_kernel.transformers.model.gemma2",
+            "It is strongly recommended to train Gemma2 models with the `eager` attention implementation instead of "
+            "`examples`. Use",
+        ),
+    ],
+)
+def test_only_the_known_notes_are_quiet(name, known, caplog):
+    """A note on another attention than ours, such as sdpa, is one that the reader needs."""
+    colab_setup.quiet_libraries()
+    other = known.replace("Padding-free", "Packing").replace("examples", "sdpa")
+    for text in (known, other):
+        logging.getLogger(name).warning(text)
+    assert [record.getMessage() for record in caplog.records] == [other]

@@ -1,6 +1,4 @@
-"""Section 5 of helpers.py: tasks, prompts, shots, banned words, submission."""
-
-import json
+"""Section 4 of helpers.py: prompts, shots, banned words, submission; and tasks."""
 
 import pytest
 from hypothesis import given
@@ -10,11 +8,11 @@ from transformers import AutoTokenizer
 import helpers
 from helpers import RecipeError
 
-SHOTS = [{"input": f"問{i}", "output": f"答{i}"} for i in range(4)]
+SHOTS = [{"instruction": f"問{i}", "response": f"答{i}"} for i in range(4)]
 
 
 def test_prompt_is_that_of_2024():
-    assert helpers.build_prompt("課題", SHOTS[:2]) == (
+    assert helpers.build_prompt("課題", SHOTS[:2], "2024") == (
         "質問・文章をよく読んで、正確で親切な回答を書きなさい。\n"
         "### 質問:\n問1\n\n### 回答:\n答1\n\n\n"
         "### 質問:\n問0\n\n### 回答:\n答0\n\n\n"
@@ -28,16 +26,21 @@ def test_prompt_is_that_of_2024():
 @given(
     task=st.text(max_size=30),
     shots=st.lists(
-        st.builds(lambda a, b: {"input": a, "output": b}, st.text(max_size=30), st.text(max_size=30)), max_size=8
+        st.builds(lambda a, b: {"instruction": a, "response": b}, st.text(max_size=30), st.text(max_size=30)),
+        max_size=8,
     ),
     budget=st.integers(0, 600),
+    style=st.sampled_from(["2024", "training"]),
 )
-def test_fit_shots_drops_the_least_similar_and_cuts_nothing(task, shots, budget):
-    prompt, number = helpers.fit_shots(task, shots, len, budget)
-    assert prompt == helpers.build_prompt(task, shots[:number])
-    assert len(prompt) <= budget or number == 0
+def test_fit_shots_drops_the_least_similar_and_cuts_nothing(task, shots, budget, style):
+    def to_ids(question, shown):
+        return [*map(ord, helpers.build_prompt(question, shown, style))]
+
+    ids, number = helpers.fit_shots(task, shots, to_ids, budget)
+    assert ids == to_ids(task, shots[:number])
+    assert len(ids) <= budget or number == 0
     if number < len(shots):
-        assert len(helpers.build_prompt(task, shots[: number + 1])) > budget
+        assert len(to_ids(task, shots[: number + 1])) > budget
 
 
 def test_banned_words_are_the_eight_of_2024():
@@ -58,24 +61,6 @@ def test_banned_words_are_the_eight_of_2024():
 )
 def test_clean_answer(text, answer):
     assert helpers.clean_answer(text) == answer
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def test_read_tasks_refuses_a_repeated_id(tmp_path):
-    rows = [{"task_id": i, "input": "x"} for i in (0, 1, 0)]
-    with pytest.raises(RecipeError, match=r"tasks\.jsonl, line 3 repeats task_id 0 of .*tasks\.jsonl, line 1"):
-        helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", rows))
-
-
-def test_read_tasks_needs_an_input_and_counts_where_there_is_no_id(tmp_path):
-    with pytest.raises(RecipeError, match=r"line 2: no question found; its columns are \['task_id'\]"):
-        helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"task_id": 1}]))
-    tasks = helpers.files.load_tasks(write(tmp_path / "tasks.jsonl", [{"input": "x"}, {"input": "y"}]))
-    assert [task["task_id"] for task in tasks] == [0, 1]
 
 
 def test_submission_is_in_the_order_of_the_tasks():

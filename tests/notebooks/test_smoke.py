@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,13 +48,17 @@ def test_reload_gives_equal_logits(quantized, inputs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
-def test_attention_applies_softcapping(smoke, quantized, inputs, engine):
-    """The loaded model must agree with eager attention; sdpa, transformers' default, leaves the softcap out."""
-    model, _ = helpers.models.load("outputs/smoke/quantized", engine, max_seq_length=512)
-    sdpa = AutoModelForCausalLM.from_pretrained("outputs/smoke/quantized", attn_implementation="sdpa")
+def test_attention_applies_softcapping(smoke, inputs, engine):
+    """In float32 the loaded model agrees with eager attention; sdpa, transformers' default, leaves the softcap out."""
+    folder, float32 = "outputs/smoke/quantized", {"dtype": torch.float32}
+    model, _ = helpers.models.load(folder, engine, max_seq_length=512, dtype="float32")
+    eager, sdpa = (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, **float32) for name in ("eager", "sdpa")
+    )
+    helpers.models.keep_weights_unpacked(eager)
     helpers.models.keep_weights_unpacked(sdpa)
     assert model.config._attn_implementation != "sdpa"
-    expected = quantized[0](**inputs).logits
+    expected = eager(**inputs).logits
     assert (model(**inputs).logits - expected).abs().max() < 1e-3
     assert (sdpa(**inputs).logits - expected).abs().max() > 1e-2
 
@@ -78,7 +83,7 @@ def test_adapter_changes_the_output(smoke, inputs):
 def test_saved_tokenizer_adds_exactly_one_bos(smoke):
     for folder in ("quantized", "adapter"):
         tokenizer = AutoTokenizer.from_pretrained(smoke / folder)
-        ids = tokenizer(helpers.build_prompt("課題", []))["input_ids"]
+        ids = tokenizer(helpers.build_prompt("課題", [], "2024"))["input_ids"]
         assert ids.count(tokenizer.bos_token_id) == 1
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.chat_template == helpers.models.GEMMA_CHAT_TEMPLATE
@@ -100,3 +105,18 @@ def test_the_readers_question_is_answered_with_and_without_shots(smoke):
     with_shots, without = said.removeprefix("With 3 shots:\n").split("Without shots:\n")
     assert with_shots.strip() and without.strip() and with_shots != without
     assert "<eos>" not in said and "### 質問" not in said
+
+
+def test_smoke_run_is_scored(smoke):
+    scores = json.loads((smoke / "scores.json").read_text(encoding="utf-8"))
+    tasks = helpers.files.load_tasks("data/sample/tasks.jsonl")
+    assert [row["task_id"] for row in scores["per_task"]] == [row["task_id"] for row in tasks]
+    assert all(0 < row["nll"] < 10 and 0 <= row["chrf"] < 100 for row in scores["per_task"])
+    assert scores["judge"] is None
+    assert {copy["task_id"] for copy in scores["near_duplicates"]} < {row["task_id"] for row in tasks}
+
+
+def test_the_card_names_base_and_data(smoke):
+    card = ModelCard.load(smoke / "adapter" / "README.md")
+    assert card.data.base_model == "data/tiny/gemma2"
+    assert "data/sample/magpie.jsonl" in card.text and "data/sample/qa.jsonl" in card.text

@@ -3,15 +3,21 @@
 import json
 import logging
 import types
+from functools import partial
 
-import pandas as pd
 import pytest
 import torch
-from conftest import run_cell
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
+from transformers.generation import EosTokenCriteria
 
 import helpers
 from helpers import RecipeError
@@ -20,10 +26,14 @@ TASKS = [task["input"] for task in helpers.files.load_tasks("data/sample/tasks.j
 LONGEST = [40, 3, 17, 1, 30, 25]
 
 
-@pytest.fixture
-def model():
+def load_tiny():
     model = AutoModelForCausalLM.from_pretrained("data/tiny/gemma2", dtype=torch.float32, attn_implementation="eager")
     return model.eval()
+
+
+@pytest.fixture
+def model():
+    return load_tiny()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    return [tokenizer(helpers.build_prompt(task, []))["input_ids"] for task in TASKS]
+    return [tokenizer(helpers.build_prompt(task, [], "2024"))["input_ids"] for task in TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,7 @@ def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
             do_sample=False,
             max_new_tokens=limit,
             logits_processor=[
-                lambda ids, scores, seen=seen: helpers.answers.apply_rules(process, ids[:, seen:], scores)
+                lambda ids, scores, seen=seen: helpers.decoding.apply_rules(process, ids[:, seen:], scores)
             ],
             stopping_criteria=stop,
         )
@@ -66,49 +76,35 @@ def one_by_one(model, prompts, process, stop, penalize_prompt, longest=LONGEST):
     return answers
 
 
-def answer(model, prompts, longest, decoding):
+@pytest.fixture(scope="module")
+def alone(prompts, process, stop):
+    """The answers to the prompts one by one, with and without the prompt under the penalty."""
+    model = load_tiny()
+    return {penalized: one_by_one(model, prompts, process, stop, penalized) for penalized in (True, False)}
+
+
+def answer(generate, model, prompts, longest, decoding):
     """The answers to `prompts` with lengths of at most `longest`, by index."""
-    return dict(decoding.generate(model, prompts, longest.__getitem__, decoding))
+    return dict(generate(model, prompts, longest.__getitem__, decoding))
 
 
 @pytest.mark.parametrize("penalize_prompt", [True, False])
 @pytest.mark.parametrize("parallel", [1, 4, 6])
-def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop, parallel, penalize_prompt):
-    expected = one_by_one(model, prompts, process, stop, penalize_prompt)
-    for generate in (helpers.answers.in_batches, helpers.slots.answer):
-        found = answer(
-            model, prompts, LONGEST, helpers.answers.Decoding(generate, parallel, process, stop, penalize_prompt)
-        )
-        assert [found[i] for i in range(len(prompts))] == expected, generate.__name__
+def test_slots_and_batches_answer_like_one_by_one(model, prompts, process, stop, alone, parallel, penalize_prompt):
+    for generate in (helpers.decoding.in_batches, helpers.slots.answer):
+        decoding = helpers.decoding.Decoding(parallel, process, stop, penalize_prompt)
+        found = answer(generate, model, prompts, LONGEST, decoding)
+        assert [found[i] for i in range(len(prompts))] == alone[penalize_prompt], generate.__name__
 
 
 def test_a_limit_of_the_models_own_says_nothing_and_changes_nothing(model, prompts, process, stop, caplog, monkeypatch):
     """unsloth sets `max_length` on a GPU, of which transformers tells again with every batch."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    decoding = helpers.answers.Decoding(helpers.answers.in_batches, 1, process, stop, penalize_prompt=False)
-    expected = answer(model, prompts, LONGEST, decoding)
+    decoding = helpers.decoding.Decoding(1, process, stop, penalize_prompt=False)
+    expected = answer(helpers.decoding.in_batches, model, prompts, LONGEST, decoding)
     model.generation_config.max_length = 8192
-    assert answer(model, prompts, LONGEST, decoding) == expected
+    assert answer(helpers.decoding.in_batches, model, prompts, LONGEST, decoding) == expected
     assert not caplog.records
-
-
-def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
-    """The prompt is several times longer than the tiny model's window, so that a wrong window would show."""
-    prompt = tokenizer("".join(TASKS * 2))["input_ids"]
-    assert len(prompt) > 3 * model.config.sliding_window
-    expected = one_by_one(model, [prompt] * 6, process, stop, False)[0]
-    decoding = helpers.answers.Decoding(helpers.slots.answer, 2, process, stop, penalize_prompt=False)
-    assert answer(model, [prompt], [40], decoding)[0] == expected
-
-
-def test_shorter_limit_during_the_run(model, prompts, process, stop):
-    limits = [40]
-    lengths = []
-    decoding = helpers.answers.Decoding(helpers.slots.answer, 2, process, stop, penalize_prompt=False)
-    for _, tokens in helpers.slots.answer(model, prompts, lambda _: limits[-1], decoding):
-        lengths.append(len(tokens))
-        limits.append(5)
-    assert max(lengths[2:]) <= 5
 
 
 class SmallGpu:
@@ -125,11 +121,11 @@ class SmallGpu:
         return self.model.generate(ids, **options)
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(model, prompts, process, stop):
+def test_out_of_memory_halves_the_batch_and_loses_nothing(model, prompts, process, stop, alone):
     small = SmallGpu(model)
-    decoding = helpers.answers.Decoding(helpers.answers.in_batches, 6, process, stop, penalize_prompt=False)
-    found = answer(small, prompts, LONGEST, decoding)
-    assert [found[i] for i in range(6)] == one_by_one(model, prompts, process, stop, False)
+    decoding = helpers.decoding.Decoding(6, process, stop, penalize_prompt=False)
+    found = answer(helpers.decoding.in_batches, small, prompts, LONGEST, decoding)
+    assert [found[i] for i in range(6)] == alone[False]
     assert small.calls == [6, 3, 1, 1, 1, 1, 1, 1]
 
 
@@ -138,9 +134,9 @@ def test_a_prompt_that_never_fits(model, prompts, process, stop):
         def generate(self, ids, **options):
             raise torch.OutOfMemoryError
 
-    decoding = helpers.answers.Decoding(helpers.answers.in_batches, 4, process, stop, penalize_prompt=False)
+    decoding = helpers.decoding.Decoding(4, process, stop, penalize_prompt=False)
     with pytest.raises(RecipeError, match="lower k or max_seq_length"):
-        answer(NoGpu(model), prompts, LONGEST, decoding)
+        answer(helpers.decoding.in_batches, NoGpu(model), prompts, LONGEST, decoding)
 
 
 def answer_row(task_id, key, output, **fields):
@@ -217,14 +213,37 @@ def test_a_finished_run_that_is_run_again_keeps_its_output(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def questions():
-    prompts = [(helpers.build_prompt(task, []), helpers.build_prompt(task, [], "training")) for task in TASKS]
-    return [helpers.answers.Question(i, f"key {i}", pair) for i, pair in enumerate(prompts)]
+def questions(tokenizer, prompts):
+    other = [tokenizer(helpers.build_prompt(task, [], "training"))["input_ids"] for task in TASKS]
+    pairs = zip(prompts, other, strict=True)
+    return [helpers.answers.Question(i, f"key {i}", pair) for i, pair in enumerate(pairs)]
 
 
 @pytest.fixture
 def decoding(process, stop):
-    return helpers.answers.Decoding(helpers.slots.answer, 3, process, stop, max_new_tokens=40, max_seq_length=1024)
+    return helpers.decoding.Decoding(3, process, stop, penalize_prompt=True)
+
+
+@pytest.fixture
+def answers_to(model, tokenizer, decoding, tmp_path):
+    """Answers to questions as notebook 04 asks for them, with other values where a test names them."""
+
+    def answers_to(questions, kept=None, path=tmp_path / "answers.jsonl", way=helpers.slots.answer, **values):
+        generate = partial(way, model, decoding=decoding._replace(**values.pop("decoding", {})))
+        clock = helpers.answers.Clock(**{"limit": 40, "window": 1024, "budget": 0} | values)
+        return helpers.answers.answer(generate, tokenizer, questions, kept or {}, path, clock)
+
+    return answers_to
+
+
+def answers_without_a_model(questions, kept, path):
+    """All answers are known: a model that is asked would be an error."""
+
+    def generate(prompts, _limit_of):
+        assert not prompts
+        return iter(())
+
+    return helpers.answers.answer(generate, None, questions, kept, path, helpers.answers.Clock(40, 1024, 0))
 
 
 def read_log(path):
@@ -235,55 +254,51 @@ def without_seconds(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("penalize_prompt", [True, False])
 def test_the_generator_answers_like_generate_one_by_one(
-    model, tokenizer, questions, decoding, prompts, tmp_path, penalize_prompt
+    model, tokenizer, questions, decoding, prompts, tmp_path, answers_to
 ):
-    """In slots and in batches, as many at once as there may be: the rows are those of one prompt at a time."""
-    expected = one_by_one(model, prompts, decoding.process, decoding.stop, penalize_prompt, longest=[40] * 6)
+    """In slots and in batches, a few at once or all: the rows are those of one prompt at a time."""
+    expected = one_by_one(model, prompts, decoding.process, decoding.stop, True, longest=[40] * 6)
     expected = [helpers.clean_answer(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in expected]
     assert all(expected)
-    for generate in (helpers.slots.answer, helpers.answers.in_batches):
-        for parallel in (1, 4, 64):
-            setting = decoding._replace(generate=generate, parallel=parallel, penalize_prompt=penalize_prompt)
+    for generate in (helpers.slots.answer, helpers.decoding.in_batches):
+        for parallel in (4, 64):
+            setting = {"parallel": parallel}
             path = tmp_path / f"{generate.__name__}-{parallel}" / "answers.jsonl"
-            rows = list(helpers.answers.answer(model, tokenizer, questions, {}, path, setting))
+            rows = list(answers_to(questions, path=path, way=generate, decoding=setting))
             assert {row["task_id"]: row["output"] for row in rows} == dict(enumerate(expected))
             assert read_log(path) == rows
             assert all(row["cut"] == (row["new_tokens"] == 40) and row["attempt"] == 1 for row in rows)
 
 
-def test_kept_answers_come_first_and_are_not_written_again(model, tokenizer, questions, decoding, tmp_path):
+def test_kept_answers_come_first_and_are_not_written_again(questions, answers_to, tmp_path):
     path = tmp_path / "answers.jsonl"
-    first = list(helpers.answers.answer(model, tokenizer, questions[:2], {}, path, decoding))
+    first = list(answers_to(questions[:2]))
     keys = {question.task_id: question.key for question in questions}
     kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
     before = path.read_bytes()
-    rows = list(helpers.answers.answer(model, tokenizer, questions, kept, path, decoding))
+    rows = list(answers_to(questions, kept))
     assert sorted(rows[:2], key=lambda row: row["task_id"]) == sorted(first, key=lambda row: row["task_id"])
     assert path.read_bytes().startswith(before)
     assert {row["task_id"] for row in read_log(path)[2:]} == {2, 3, 4, 5}
     kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
     before = path.read_bytes()
-    again = list(helpers.answers.answer(None, None, questions, kept, path, decoding))  # the model is not asked
+    again = list(answers_without_a_model(questions, kept, path))
     assert sorted(again, key=lambda row: row["task_id"]) == sorted(rows, key=lambda row: row["task_id"])
     assert path.read_bytes() == before
 
 
-def test_an_answer_is_in_the_log_before_it_is_yielded(model, tokenizer, questions, decoding, tmp_path):
-    path = tmp_path / "answers.jsonl"
-    for row in helpers.answers.answer(model, tokenizer, questions, {}, path, decoding):
-        assert read_log(path)[-1] == row
+def test_an_answer_is_in_the_log_before_it_is_yielded(questions, answers_to, tmp_path):
+    for row in answers_to(questions):
+        assert read_log(tmp_path / "answers.jsonl")[-1] == row
 
 
-def test_no_room_beside_a_long_prompt(model, tokenizer, questions, decoding, prompts, tmp_path):
+def test_no_room_beside_a_long_prompt(questions, answers_to, prompts, tmp_path):
     """Prompt and answer share max_seq_length; a prompt that fills it gets one token."""
     longest = max(map(len, prompts))
-    setting = decoding._replace(max_seq_length=longest + 5)
-    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+    rows = list(answers_to(questions, window=longest + 5))
     assert all(row["new_tokens"] <= min(40, longest + 5 - len(prompts[row["task_id"]])) for row in rows)
-    setting = decoding._replace(max_seq_length=10)
-    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.0.jsonl", setting))
+    rows = list(answers_to(questions, path=tmp_path / "answers.0.jsonl", window=10))
     assert all(row["new_tokens"] == 1 and row["cut"] for row in rows)
 
 
@@ -294,10 +309,10 @@ def one_second_an_answer(monkeypatch):
     monkeypatch.setattr(helpers.answers, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
 
 
-@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
-def test_the_clock_shortens_answers(model, tokenizer, questions, decoding, tmp_path, one_second_an_answer, generate):
-    setting = decoding._replace(time_budget=5.5, parallel=1, generate=generate, stop=StoppingCriteriaList())
-    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
+def test_the_clock_shortens_answers(questions, answers_to, one_second_an_answer, generate):
+    setting = {"parallel": 1, "stop": StoppingCriteriaList()}
+    rows = list(answers_to(questions, way=generate, decoding=setting, budget=5.5))
     assert [row["seconds"] for row in rows] == [1.0] * 6
     # After one answer of 40 tokens in 1 s, 4.5 s are left for five: 4.5 * 40 / 5 = 36 tokens each, and so on.
     assert [row["limit"] for row in rows[:2]] == [40, 36]
@@ -305,11 +320,8 @@ def test_the_clock_shortens_answers(model, tokenizer, questions, decoding, tmp_p
     assert [row["limit"] for row in rows] == sorted((row["limit"] for row in rows), reverse=True)
 
 
-def test_when_the_time_is_used_up_the_rest_is_not_answered(
-    model, tokenizer, questions, decoding, tmp_path, one_second_an_answer
-):
-    setting = decoding._replace(time_budget=2.0, parallel=1)
-    rows = list(helpers.answers.answer(model, tokenizer, questions, {}, tmp_path / "answers.jsonl", setting))
+def test_when_the_time_is_used_up_the_rest_is_not_answered(questions, answers_to, tmp_path, one_second_an_answer):
+    rows = list(answers_to(questions, decoding={"parallel": 1}, budget=2.0))
     assert len(rows) == len(read_log(tmp_path / "answers.jsonl")) == 2
 
 
@@ -325,14 +337,14 @@ class NothingAfter:
         return scores
 
 
-@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
-def test_an_empty_answer_is_asked_again_without_shots(model, tokenizer, questions, decoding, tmp_path, generate):
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
+def test_an_empty_answer_is_asked_again_without_shots(tokenizer, questions, answers_to, tmp_path, generate):
     (token,) = tokenizer.encode("親切", add_special_tokens=False)  # only in the words of 2024's prompt
     empty = questions[0]
     others = [question._replace(prompts=question.prompts[::-1]) for question in questions[1:3]]
-    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(token)]), generate=generate)
+    values = {"way": generate, "decoding": {"process": LogitsProcessorList([NothingAfter(token)])}}
     path = tmp_path / "answers.jsonl"
-    rows = list(helpers.answers.answer(model, tokenizer, [empty, *others], {}, path, setting))
+    rows = list(answers_to([empty, *others], **values))
     assert [(row["task_id"], row["attempt"]) for row in rows][-1] == (0, 2)
     assert all(row["output"] for row in rows)
     assert len(rows) == 3
@@ -345,36 +357,33 @@ def test_an_empty_answer_is_asked_again_without_shots(model, tokenizer, question
     keys = {question.task_id: question.key for question in [empty, *others]}
     path.write_text("".join(json.dumps(row) + "\n" for row in logged[:-1]), encoding="utf-8")
     kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
-    again = list(helpers.answers.answer(model, tokenizer, [empty, *others], kept, path, setting))
+    again = list(answers_to([empty, *others], kept, **values))
     assert without_seconds(again[-1:]) == without_seconds(rows[-1:])
     assert len(read_log(path)) == 4
     kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
-    assert len(list(helpers.answers.answer(None, None, [empty, *others], kept, path, setting))) == 3
+    assert len(list(answers_without_a_model([empty, *others], kept, path))) == 3
 
 
-def test_a_second_attempt_that_is_empty_too_ends_it(model, tokenizer, questions, decoding, tmp_path):
-    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(2)]))  # <bos>: every prompt
-    path = tmp_path / "answers.jsonl"
-    rows = list(helpers.answers.answer(model, tokenizer, questions[:2], {}, path, setting))
+def test_a_second_attempt_that_is_empty_too_ends_it(questions, answers_to, tmp_path):
+    setting = {"process": LogitsProcessorList([NothingAfter(2)])}  # <bos>: every prompt
+    rows = list(answers_to(questions[:2], decoding=setting))
     assert [(row["output"], row["attempt"]) for row in rows] == [("", 2), ("", 2)]
     kept = {row["task_id"]: row for row in rows}
-    again = list(helpers.answers.answer(None, None, questions[:2], kept, path, setting))
+    again = list(answers_without_a_model(questions[:2], kept, tmp_path / "answers.jsonl"))
     assert sorted(again, key=lambda row: row["task_id"]) == sorted(rows, key=lambda row: row["task_id"])
 
 
-def test_a_process_touches_only_its_own_log(model, tokenizer, questions, decoding, tmp_path):
+def test_a_process_touches_only_its_own_log(questions, answers_to, tmp_path):
     """Two processes, each with its share, empty answers among them, and a log of an earlier run in one process."""
     log(tmp_path, "answers.jsonl", [(5, "key 5", "from before")], tail=b"half a li")
     one, two = tmp_path / "answers.0.jsonl", tmp_path / "answers.1.jsonl"
     keys = {question.task_id: question.key for question in questions}
-    setting = decoding._replace(process=LogitsProcessorList([NothingAfter(2)]))
+    setting = {"process": LogitsProcessorList([NothingAfter(2)])}
     finished = {}
     for path, share in ((one, questions[0::2]), (two, questions[1::2])):
         kept = helpers.answers.kept(tmp_path, keys, tmp_path / "output.jsonl")
         before = {other: other.read_bytes() for other in tmp_path.iterdir() if other != path}
-        finished |= {
-            row["task_id"]: row for row in helpers.answers.answer(model, tokenizer, share, kept, path, setting)
-        }
+        finished |= {row["task_id"]: row for row in answers_to(share, kept, path, decoding=setting)}
         assert {other: other.read_bytes() for other in tmp_path.iterdir() if other != path} == before
     assert len(read_log(one)) == 6  # three tasks, each asked twice
     assert {row["task_id"] for row in read_log(two)} == {1, 3}
@@ -382,13 +391,10 @@ def test_a_process_touches_only_its_own_log(model, tokenizer, questions, decodin
     assert finished[5]["output"] == "from before"
 
 
-@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.answers.in_batches])
-def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decoding, prompts, tmp_path, generate):
-    setting = decoding._replace(generate=generate)
-    names = {"pd": pd, "generate": generate, "language_model": model, "tokenizer": tokenizer}
-    names |= {"prompt_ids": prompts[0], "process": decoding.process, "decoding": setting}
-    cell = run_cell("04_rag_inference", "first-tokens", **names)
-    steps = run_cell("04_rag_inference", "token-table", **cell)["token_rows"]
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
+def test_first_tokens_are_those_of_the_answer(model, tokenizer, decoding, prompts, generate):
+    generate = partial(generate, model, decoding=decoding)
+    steps = helpers.decoding.first_tokens(generate, decoding, tokenizer, prompts[0])
     tokens = one_by_one(model, prompts, decoding.process, decoding.stop, True)[0][:8]
     assert [step["chosen"] for step in steps] == [
         repr(text if "\ufffd" not in (text := tokenizer.decode([token])) else tokenizer.convert_ids_to_tokens(token))
@@ -410,7 +416,7 @@ def test_first_tokens_are_those_of_the_answer(model, tokenizer, questions, decod
     tokens=st.integers(1, 100_000),
 )
 def test_clock_never_raises_the_limit_and_shares_the_time(limit, left, open_tasks, seconds, answers, tokens):
-    clock = helpers.answers.Clock(limit, budget=max(seconds + left, 0.01))
+    clock = helpers.answers.Clock(limit, window=4096, budget=max(seconds + left, 0.01))
     clock.seconds, clock.answers, clock.tokens = seconds, answers, tokens
     clock.share(open_tasks)
     allowed, room = clock.limit, (clock.budget - seconds) * tokens / seconds
@@ -422,18 +428,37 @@ def test_clock_never_raises_the_limit_and_shares_the_time(limit, left, open_task
 
 
 def test_without_a_budget_answers_stay_long():
-    clock = helpers.answers.Clock(40, budget=0)
+    clock = helpers.answers.Clock(40, window=1024, budget=0)
     clock.note(40)
     clock.share(1000)
     assert clock.limit == 40
 
 
 def test_answer_key_depends_on_everything():
-    def key(model="1", adapter="2", penalty=1.1, prompt="x", name="here"):
+    def key(model="1", adapter="2", penalty=1.1, prompt=(1, 2), name="here"):
         sources = {"model": model, "adapter": adapter, "tasks": "3"}
         inputs = {role: {"name": name, "commit": "", "sha256": sha, "inputs": {}} for role, sha in sources.items()}
         return helpers.answers.key(helpers.records.make("04", inputs, {"penalty": penalty}, ["torch"]), prompt)
 
     assert key() == key(name="moved")
-    changed = [key(model="9"), key(adapter="9"), key(penalty=1.2), key(prompt="y")]
+    changed = [key(model="9"), key(adapter="9"), key(penalty=1.2), key(prompt=(1, 3))]
     assert len({key(), *changed}) == 5
+
+
+def test_the_sliding_window_is_kept_in_slots(model, tokenizer, process, stop):
+    """The prompt is several times longer than the tiny model's window, so that a wrong window would show."""
+    prompt = tokenizer("".join(TASKS * 2))["input_ids"]
+    assert len(prompt) > 3 * model.config.sliding_window
+    expected = one_by_one(model, [prompt] * 6, process, stop, False)[0]
+    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
+    assert answer(helpers.slots.answer, model, [prompt], [40], decoding)[0] == expected
+
+
+def test_shorter_limit_during_the_run(model, prompts, process, stop):
+    limits = [40]
+    lengths = []
+    decoding = helpers.decoding.Decoding(2, process, stop, penalize_prompt=False)
+    for _, tokens in helpers.slots.answer(model, prompts, lambda _: limits[-1], decoding):
+        lengths.append(len(tokens))
+        limits.append(5)
+    assert max(lengths[2:]) <= 5

@@ -1,17 +1,29 @@
 """Colab's secrets and Drive, the fit estimate, data licences and cards."""
 
+import base64
+import json
+import os
+import socket
+import subprocess
 import sys
+import threading
 import time
 import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
-from huggingface_hub import DatasetCard, ModelCard
-from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 import helpers
+from helpers import RecipeError
 
 GEMMA = {  # hidden, inner, layers, heads, key heads, width of a head
     "google/gemma-2-27b": (4608, 36864, 46, 32, 16, 128),
@@ -111,74 +123,6 @@ class TestFit:
         assert "no GPU" in helpers.machine.fit_report(None, need, "")[-1]
 
 
-class TestLicences:
-    @staticmethod
-    def source(licence):
-        return {"dataset": {"name": "a/b", "commit": "c", "sha256": "", "licence": licence, "inputs": {}}}
-
-    @pytest.mark.parametrize("licence", ["apache-2.0", "cc0-1.0", "mit, cc-by-4.0"])
-    def test_permissive_ones_pass(self, licence):
-        helpers.records.check_licences(self.source(licence))
-
-    @pytest.mark.parametrize(
-        ("licence", "named"),
-        [
-            ("cc-by-sa-4.0", "cc-by-sa-4.0"),
-            ("unknown", "unknown"),
-            ("mit, cc-by-nc-4.0", "cc-by-nc-4.0"),
-            ("other", "other"),
-        ],
-    )
-    def test_others_stop_unless_allowed(self, licence, named):
-        with pytest.raises(
-            helpers.RecipeError, match=rf"^a/b: the licence {named} is not .* allow_licences = '{named}'$"
-        ):
-            helpers.records.check_licences(self.source(licence))
-        helpers.records.check_licences(self.source(licence), f"x, {named.upper()}")
-
-    def test_local_files_are_your_own_and_the_hub_is_asked_for_others(self):
-        assert helpers.records.data_source("data/sample/qa.jsonl")["licence"] == "your own (local file)"
-        with pytest.raises(helpers.RecipeError, match="nobody/nothing: its licence cannot be read"):
-            helpers.records.data_source("nobody/nothing")
-
-
-class TestCards:
-    @staticmethod
-    def record(**inputs):
-        return helpers.records.make("test", inputs, {"r": 64}, ["peft"])
-
-    def test_model_card_names_base_and_data(self):
-        model = {"name": "google/gemma-2-27b", "commit": "123", "sha256": "", "licence": "gemma", "inputs": {}}
-        data = {"name": "owner/set", "commit": "abc", "sha256": "", "licence": "apache-2.0", "inputs": {}}
-        card = ModelCard(
-            helpers.records.model_card("T", self.record(model=model, dataset=data), ["peft"], {"loss": "2.5"})
-        )
-        assert (card.data.base_model, card.data.datasets, card.data.license) == (
-            "google/gemma-2-27b",
-            ["owner/set"],
-            "gemma",
-        )
-        for row in ("| dataset | owner/set, abc, apache-2.0 |", "| settings | r 64 |", "| loss | 2.5 |"):
-            assert row in card.text
-        assert "Gemma Terms of Use" in card.text
-
-    def test_dataset_card_hands_the_licence_on(self):
-        source = {"name": "owner/set", "commit": "abc", "sha256": "", "licence": "apache-2.0", "inputs": {}}
-        card = DatasetCard(helpers.records.dataset_card("T", self.record(dataset=source), {"rows kept": "1 of 2"}))
-        assert (card.data.license, card.data.source_datasets) == (["apache-2.0"], ["owner/set"])
-        own = DatasetCard(
-            helpers.records.dataset_card(
-                "T", self.record(dataset=helpers.records.data_source("data/sample/qa.jsonl")), {}
-            )
-        )
-        assert own.data.license is None
-
-    def test_smoke_run_records_its_lineage(self, smoke):
-        card = ModelCard.load(smoke / "adapter" / "README.md")
-        assert card.data.base_model == "data/tiny/gemma2"
-        assert "data/sample/magpie.jsonl" in card.text and "data/sample/qa.jsonl" in card.text
-
-
 @pytest.fixture
 def colab(monkeypatch):
     """The two functions of the package google.colab that are used; it exists on Colab alone."""
@@ -193,10 +137,8 @@ class TestColab:
         monkeypatch.delenv("HF_TOKEN", raising=False)
         colab.userdata.get = lambda name: f"value of {name}"
         assert helpers.machine.secret("HF_TOKEN") == "value of HF_TOKEN"
-        colab.userdata.get = lambda name: time.sleep(60)  # no browser tab answers
-        started = time.perf_counter()
+        colab.userdata.get = lambda name: time.sleep(600)  # no browser tab answers
         assert helpers.machine.secret("HF_TOKEN", seconds=0.2) == ""
-        assert time.perf_counter() - started < 10
 
     def test_drive_is_mounted_only_if_named(self, colab, capsys):
         mounted = []
@@ -211,3 +153,121 @@ class TestColab:
 
     def test_elsewhere_the_folder_stays(self, tmp_path):
         assert helpers.machine.place_outputs(str(tmp_path), "recipe") == str(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("/proc/1/x", tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(RecipeError, match=rf"^output_dir {folder} cannot be written") as error:
+            helpers.machine.lock_folder(str(folder), "03_sft")
+        assert "\n" not in str(error.value)
+
+
+HOLD = """
+import sys, time; sys.path.insert(0, sys.argv[1])
+import helpers
+helpers.machine.lock_folder(sys.argv[2], "03_sft")
+print("locked", flush=True); time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_folder_says_who_holds_it(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, ROOT, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(RecipeError, match=rf"is in use: process {holder.pid} on .* since 20.* runs 03_sft; wait"):
+            helpers.machine.lock_folder(tmp_path, "03_sft")
+        helpers.machine.lock_folder(tmp_path, "02_filter_magpie")  # another notebook may run at the same time
+        holder.kill()  # as by kill -9: the lock is free again
+    helpers.machine.lock_folder(tmp_path, "03_sft")
+    helpers.machine.lock_folder(tmp_path, "03_sft")  # the cell may run twice
+
+
+@pytest.mark.parametrize(("number", "visible", "chosen"), [(None, "0", []), ("1", None, [1])])
+def test_a_process_uses_one_gpu(monkeypatch, number, visible, chosen):
+    """A single process sees the first alone; of several each takes its own, and accelerate has to see them all."""
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is set back after the test
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if number:
+        monkeypatch.setenv("LOCAL_RANK", number)
+    helpers.machine.start_engine("transformers")
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+    assert taken == chosen
+
+
+def test_package_versions():
+    versions = helpers.machine.package_versions(["transformers", "no-such-package"])
+    assert versions["no-such-package"] == ""
+    assert json.dumps(versions)
+    assert versions["transformers"].count(".") >= 1
+
+
+def test_hub_token(monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert helpers.machine.hub_token("") == ""
+    with pytest.raises(RecipeError, match="HF_TOKEN"):
+        helpers.machine.hub_token("owner/name")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert helpers.machine.hub_token("owner/name") == "hf_x"
+    assert helpers.machine.hub_token("") == ""
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "JUDGE_API_KEY"])
+def test_without_colab_a_missing_secret_is_empty(monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    assert helpers.machine.secret(name) == ""
+
+
+class Wandb(BaseHTTPRequestHandler):
+    """Answers who the owner of a key is, as wandb's API does."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        key = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode().removeprefix("api:")
+        replies = {"good": (200, {"data": {"viewer": {"username": "me"}}}), "old": (200, {"data": {"viewer": None}})}
+        replies |= {"ill": (503, {}), "list": (200, []), "bad": (401, {"errors": []})}
+        status, body = replies[key]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Wandb)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    yield
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("key", "mode"), [("good", "online"), ("", "offline"), ("ill", "offline"), ("list", "offline")]
+)
+def test_wandb_is_online_with_a_key_and_offline_without(wandb, key, mode):
+    assert helpers.machine.wandb_mode(key) == mode
+
+
+@pytest.mark.parametrize("key", ["bad", "old"])
+def test_a_key_that_wandb_refuses_is_named(wandb, key):
+    with pytest.raises(helpers.RecipeError, match=r"refuses the key WANDB_API_KEY") as raised:
+        helpers.machine.wandb_mode(key)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_network_wandb_is_offline_at_once(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert helpers.machine.wandb_mode("good") == "offline"
+    assert "wandb cannot be reached (ConnectionError)" in capsys.readouterr().out
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert helpers.machine.wandb_mode("good") == "disabled"

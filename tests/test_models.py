@@ -1,0 +1,190 @@
+"""Section 7 of helpers.py: the model that is loaded must be the model that was named."""
+
+import importlib.util
+import json
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import families
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_export import save_adapter
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Qwen3MoeConfig,
+)
+
+import helpers
+from helpers import RecipeError
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """`m-bnb-4bit`, which is not quantized, and beside it another model `m`, to which unsloth redirects on a CPU."""
+    for name in ("m-bnb-4bit", "m"):
+        shutil.copytree("data/tiny/gemma2", tmp_path / name)
+    return tmp_path / "m-bnb-4bit"
+
+
+def test_another_model_than_named_stops_the_run(two_models):
+    with pytest.raises(RecipeError, match=rf"unsloth loaded {two_models.parent}/m instead of {two_models}"):
+        helpers.models.load(str(two_models), "unsloth", max_seq_length=64)
+
+
+def test_the_plain_engine_loads_what_was_named(two_models):
+    model, _ = helpers.models.load(str(two_models), "transformers", max_seq_length=64)
+    assert model.config._name_or_path == str(two_models)
+
+
+def test_unsloth_knows_a_repository_of_its_own_for_gemma_2_27b():
+    """Why the guard is needed: on a GPU unsloth puts this repository in the place of google/gemma-2-27b."""
+    mapper = Path(importlib.util.find_spec("unsloth").origin).parent / "models" / "mapper.py"
+    (pairs,) = re.findall(r'"(unsloth/gemma-2-27b-bnb-4bit)"\s*: \(([^)]*)\)', mapper.read_text(encoding="utf-8"))
+    assert "google/gemma-2-27b" in pairs[1]
+
+
+def test_full_size_model_without_a_gpu(tmp_path):
+    """Refused from config.json alone, before 54 GB are downloaded or read."""
+    config = json.loads((ROOT / "data/tiny/gemma2/config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 4608, "intermediate_size": 36864, "num_hidden_layers": 46, "vocab_size": 256_000}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"no GPU here, and the model has 27\.2 billion weights"):
+        helpers.models.load(str(tmp_path), "transformers", max_seq_length=64)
+
+
+def without_a_tensor(source: Path, target: Path) -> str:
+    """A copy of a folder whose weights lack the last tensor; returns that tensor's name."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("record.json"))
+    (path,) = target.glob("*model.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    return name
+
+
+def test_a_model_without_one_of_its_tensors_stops_the_run(tmp_path):
+    """transformers would fill it with random numbers and go on."""
+    without_a_tensor(ROOT / "data/tiny/gemma2", tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"model: 1 tensors are missing, such as model\."):
+        helpers.models.load(str(tmp_path / "model"), "transformers", max_seq_length=64)
+
+
+def test_an_adapter_without_one_of_its_tensors_stops_the_run(quantized, tmp_path):
+    adapter = save_adapter(quantized, tmp_path / "whole")
+    without_a_tensor(adapter, tmp_path / "adapter")
+    load = partial(helpers.models.load, str(quantized), "transformers", max_seq_length=64)
+    with pytest.raises(RecipeError, match=r"adapter: 1 of its tensors are missing"):
+        helpers.models.load_adapter(load()[0], str(tmp_path / "adapter"))
+    helpers.models.load_adapter(load()[0], str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "t5 is not a causal language model"),
+        ({"model_type": "qwen3_5_text"}, r"layers that are not attention \(linear_attention\)"),
+        ({"model_type": "rwkv"}, r"layers that are not attention \(with a state of their own\)"),
+        ({"model_type": "mistral3"}, "mistral3 reads more than text"),
+        ({"model_type": "gemma4_text"}, "its layers differ in their sizes"),
+        ({"model_type": "of 2031"}, "its config.json cannot be used"),
+        ({"model_type": "llama", "max_position_embeddings": 512}, "it reads at most 512 tokens: lower max_seq_length"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_by_their_config(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=message):
+        helpers.models.text_config(str(tmp_path), max_seq_length=1024)
+
+
+@pytest.mark.parametrize(
+    ("family", "pad", "template"),
+    [
+        ("gemma2", "<pad>", helpers.models.GEMMA_CHAT_TEMPLATE),
+        ("llama3", "<|reserved_special_token_0|>", None),
+        ("llm-jp", "<PAD|LLM-jp>", None),
+        ("mistral", "<unk>", None),
+        ("qwen3", "<|vision_pad|>", families.qwen_tokenizer().chat_template),
+        ("phi3", "<|placeholder1|>", None),
+    ],
+)
+def test_pad_token_and_chat_template(tmp_path, family, pad, template):
+    families.FAMILIES[family][2]().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = helpers.models.load_tokenizer(str(tmp_path))
+    assert (tokenizer.pad_token, tokenizer.chat_template) == (pad, template)
+    assert tokenizer.pad_token_id < len(families.FAMILIES[family][2]())  # no token was added
+
+
+def test_values_for_sampling_do_not_stop_the_saving(tmp_path):
+    """`temperature` without `do_sample`, as in many repositories: transformers refuses to save it, after hours."""
+    checkpoint = families.make_checkpoint("llama3", tmp_path / "base")
+    values = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (checkpoint / "generation_config.json").write_text(json.dumps(values))
+    model = helpers.models.load_weights(str(checkpoint), helpers.models.text_config(str(checkpoint)), device_map="cpu")
+    model.save_pretrained(tmp_path / "saved")
+
+
+def test_chat_template():
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny/gemma2")
+    tokenizer.chat_template = helpers.models.GEMMA_CHAT_TEMPLATE
+    turns = [{"role": "user", "content": " こんにちは "}, {"role": "assistant", "content": "はい"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text.strip() == (
+        "<bos><start_of_turn>user\nこんにちは<end_of_turn>\n<start_of_turn>model\nはい<end_of_turn>\n<start_of_turn>model"
+    )
+    with pytest.raises(Exception, match="System role not supported"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
+    with pytest.raises(Exception, match="must alternate"):
+        tokenizer.apply_chat_template([turns[1]], tokenize=False)
+
+
+GEMMA_2_27B = {
+    "hidden_size": 4608,
+    "intermediate_size": 36864,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "vocab_size": 256_000,
+}
+
+
+def count(config):
+    """Number of weights, from a transformers config."""
+    return helpers.models.empty(config).num_parameters()
+
+
+def test_parameter_count_of_gemma_2_27b():
+    assert count(Gemma2Config(**GEMMA_2_27B)) == 27_227_128_320  # by its model card
+
+
+def test_estimate_knows_experts_and_untied_embeddings():
+    """Qwen3-30B-A3B: 30.5 billion weights, of which 4 bit shrinks only those outside the experts."""
+    experts = Qwen3MoeConfig(
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        moe_intermediate_size=768,
+        vocab_size=151_936,
+        tie_word_embeddings=False,
+    )
+    assert count(experts) == pytest.approx(30.5e9, rel=0.002)
+    assert helpers.models.estimate_memory(experts, four_bit=True)["weights"] > 54  # 29 billion of them in 16 bit
+    one, two = (Gemma2Config(**GEMMA_2_27B, tie_word_embeddings=tied) for tied in (True, False))
+    assert count(two) - count(one) == 256_000 * 4608
+
+
+def test_large_model_without_gpu_is_refused():
+    with pytest.raises(RecipeError, match=r"no GPU.*27\.2 billion"):
+        helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=False)
+    helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=True)
+    helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B | {"num_hidden_layers": 1, "vocab_size": 1000}), gpu=False)
