@@ -129,6 +129,12 @@ def test_links_of_notebooks_lead_somewhere(notebook):
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+def test_tests_that_results_name_exist():
+    there = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    pages = (ROOT / "benchmarks/results").glob("*.md")
+    assert not {name for page in pages for name in re.findall(r"\btest_\w+", read(page))} - there
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
 def test_both_languages_say_the_same(pair):
     english, japanese = map(read, pair)
