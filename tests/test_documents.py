@@ -132,7 +132,7 @@ def test_links_of_notebooks_lead_somewhere(notebook):
 def test_tests_that_results_name_exist():
     there = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
     pages = (ROOT / "benchmarks/results").glob("*.md")
-    assert not {name for page in pages for name in re.findall(r"\btest_\w+", read(page))} - there
+    assert not {name for page in pages for name in re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", read(page))} - there
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
