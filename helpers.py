@@ -893,14 +893,18 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "hub", "judge", "kept_layers", "lora")
-ROOMS += ("machine", "models", "parameters", "records", "reports", "retrieval", "slots", "training")
+ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "formats", "gguf", "hub", "judge")
+ROOMS += ("kept_layers", "lora", "machine", "models", "parameters", "records", "reports", "retrieval", "slots")
+ROOMS += ("training",)
 
 if TYPE_CHECKING:  # for editors
-    from engine import answers, attention, checkpoints, decoding, files, hub, judge, kept_layers, lora  # noqa: F401
+    from engine import answers, attention, chat, checkpoints, decoding, files, formats, gguf, hub, judge  # noqa: F401
 
     # isort: split
-    from engine import machine, models, parameters, records, reports, retrieval, slots, training  # noqa: F401
+    from engine import kept_layers, lora, machine, models, parameters, records, reports, retrieval  # noqa: F401
+
+    # isort: split
+    from engine import slots, training  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:
