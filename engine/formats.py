@@ -28,10 +28,8 @@ NO_TEMPLATE = (
 # One question, and its answer where a program renders a whole text. The question block ends where the answer begins,
 # so that a program which forgets add_generation_prompt asks the same.
 TEMPLATE_2024 = """\
-{{%- if messages|length == 0 or messages|length > 2 or messages[0]['role'] != 'user' -%}}
-{{{{- raise_exception({one_question}) -}}}}
-{{%- endif -%}}
-{{%- if messages|length == 2 and messages[1]['role'] != 'assistant' -%}}
+{{%- set second = messages|length == 2 -%}}
+{{%- if messages|length > 2 or messages[0]['role'] != 'user' or (second and messages[1]['role'] != 'assistant') -%}}
 {{{{- raise_exception({one_question}) -}}}}
 {{%- endif -%}}
 {{%- for token in {control_tokens} -%}}
@@ -40,7 +38,7 @@ TEMPLATE_2024 = """\
 {{%- endif -%}}
 {{%- endfor -%}}
 {{{{- {begin} + messages[0]['content'] + {end} -}}}}
-{{%- if messages|length == 2 -%}}
+{{%- if second -%}}
 {{{{- messages[1]['content'] + eos_token -}}}}
 {{%- endif -%}}
 """
@@ -79,7 +77,7 @@ def chat_template_2024(tokenizer: PreTrainedTokenizerBase) -> str:
 def chat_template_trained(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer's own chat template as `chat` reads it: thinking switched off, and the one <bos> in front."""
     template = tokenizer.chat_template.strip()
-    if "enable_thinking" in template and not template.startswith(NO_THINKING):
+    if "enable_thinking" in template and NO_THINKING not in template:
         template = NO_THINKING + template
     begin = encode(tokenizer, "").ids
     turn = {"role": "user", "content": "山"}
