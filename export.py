@@ -139,6 +139,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent)
     try:
+        if args.gguf:
+            gguf.find_programs(args.llama_cpp, args.type)  # before an hour's work
         merged = export(args.run_dir, args.base)
         file = export_gguf(args.run_dir, merged, args.type, args.llama_cpp) if args.gguf else None
         for program, command in gguf.commands(args.run_dir, file).items():

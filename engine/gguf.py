@@ -21,13 +21,13 @@ HOW_TO_GET = (
 TYPES = ("q4_k_m", "bf16")
 
 
-def find_program(llama_cpp: str, program: str) -> Path:
-    """The path of a program in a folder of llama.cpp; RecipeError says how to get it."""
-    path = Path(llama_cpp, program)
-    if not llama_cpp or not path.is_file():
-        where = f"{path} does not exist" if llama_cpp else "a GGUF file is written by llama.cpp"
-        raise RecipeError(f"{where}: {HOW_TO_GET}")
-    return path
+def find_programs(llama_cpp: str, kind: str) -> list[Path]:
+    """The programs in a folder of llama.cpp that write a type of TYPES; RecipeError says how to get them."""
+    programs = [Path(llama_cpp, name) for name in (CONVERTER, QUANTIZER)[: 1 if kind == "bf16" else 2]]
+    missing = [str(path) for path in programs if not path.is_file()] if llama_cpp else ["llama.cpp"]
+    if missing:
+        raise RecipeError(f"a GGUF file of type {kind} needs {' and '.join(missing)}: {HOW_TO_GET}")
+    return programs
 
 
 def run(*command: str | Path) -> None:
@@ -35,7 +35,7 @@ def run(*command: str | Path) -> None:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
-        raise RecipeError(f"{Path(command[1]).name} failed: {' / '.join(lines[-3:])}")
+        raise RecipeError(f"{' '.join(Path(part).name for part in command[:2])} failed: {' / '.join(lines[-3:])}")
 
 
 def vocabulary(base: Mapping[str, Any]) -> Path | None:
@@ -54,7 +54,7 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: str, base: Mapping
     `base` is the published model (see `vocabulary`). llama.cpp would sample at temperature 0.8 if the file did not say
     otherwise.
     """
-    converter = find_program(llama_cpp, CONVERTER)
+    converter, *quantizer = find_programs(llama_cpp, kind)
     settings = json.loads((merged / "generation_config.json").read_text(encoding="utf-8"))
     metadata = {} if settings.get("do_sample") else {"general.sampling.temp": 0.0}
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -65,10 +65,9 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: str, base: Mapping
         for path in [*merged.iterdir(), *filter(None, [vocabulary(base)])]:
             Path(model, path.name).symlink_to(path.resolve())
         run(sys.executable, converter, model, "--outtype", "bf16", "--outfile", whole, "--metadata", extra)
-        if kind != "bf16":
-            quantized = Path(temporary, f"{kind}.gguf")
-            run(find_program(llama_cpp, QUANTIZER), whole, quantized, kind.upper())
-            whole = quantized
+        for program in quantizer:
+            run(program, whole, Path(temporary, "quantized.gguf"), kind.upper())
+            whole = Path(temporary, "quantized.gguf")
         whole.rename(target)
 
 

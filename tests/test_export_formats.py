@@ -132,10 +132,24 @@ def test_ollama_asks_in_the_words_of_the_training(tmp_path):
 
 
 @pytest.mark.parametrize("llama_cpp", ["", "nowhere"])
-def test_without_llama_cpp_one_line_says_how_to_get_it(llama_cpp, tmp_path):
-    with pytest.raises(RecipeError, match=re.escape(gguf.HOW_TO_GET)) as told:
-        gguf.find_program(llama_cpp, gguf.CONVERTER)
-    assert "\n" not in str(told.value)
+def test_without_llama_cpp_one_line_says_how_to_get_it(llama_cpp):
+    done = subprocess.run(
+        [sys.executable, "export.py", "outputs/none", "--gguf", "--llama-cpp", llama_cpp],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("export.py: ")]
+    assert gguf.HOW_TO_GET in line and f"type q4_k_m needs {llama_cpp or 'llama.cpp'}" in line
+
+
+def test_bf16_needs_the_converter_alone(tmp_path):
+    (tmp_path / gguf.CONVERTER).touch()
+    assert gguf.find_programs(str(tmp_path), "bf16") == [tmp_path / gguf.CONVERTER]
+    with pytest.raises(RecipeError, match=re.escape(f"needs {tmp_path / gguf.QUANTIZER}: git clone")):
+        gguf.find_programs(str(tmp_path), "q4_k_m")
 
 
 def test_a_failed_conversion_is_told_and_leaves_no_file(tmp_path):
