@@ -38,6 +38,13 @@ def run(*command: str | Path) -> None:
         raise RecipeError(f"{' '.join(Path(part).name for part in command[:2])} failed: {' / '.join(lines[-3:])}")
 
 
+def check_scale(config: Mapping[str, Any]) -> None:
+    """RecipeError for a Gemma whose attention is scaled otherwise than by its head width: a GGUF file cannot say so."""
+    scale, width = config.get("query_pre_attn_scalar"), config.get("head_dim")
+    if scale not in (None, width, config["hidden_size"] // config["num_attention_heads"]):
+        raise RecipeError(f"llama.cpp would scale the attention by {width}, not by query_pre_attn_scalar = {scale}")
+
+
 def vocabulary(base: Mapping[str, Any]) -> Path | None:
     """The file tokenizer.model of a base (a source, see engine/records.py), if it has one.
 
@@ -56,6 +63,7 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: str, base: Mapping
     """
     converter, *quantizer = find_programs(llama_cpp, kind)
     settings = json.loads((merged / "generation_config.json").read_text(encoding="utf-8"))
+    check_scale(json.loads((merged / "config.json").read_text(encoding="utf-8")))
     metadata = {} if settings.get("do_sample") else {"general.sampling.temp": 0.0}
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         whole, extra = Path(temporary, "bf16.gguf"), Path(temporary, "metadata.json")

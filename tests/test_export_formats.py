@@ -152,11 +152,20 @@ def test_bf16_needs_the_converter_alone(tmp_path):
         gguf.find_programs(str(tmp_path), "q4_k_m")
 
 
+def test_a_scale_that_llama_cpp_does_not_know_is_refused():
+    gemma = {"hidden_size": 2304, "num_attention_heads": 8, "head_dim": 256}
+    gguf.check_scale(gemma | {"query_pre_attn_scalar": 256})
+    gguf.check_scale({"hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128, "query_pre_attn_scalar": 144})
+    gguf.check_scale({"hidden_size": 64, "num_attention_heads": 4})
+    with pytest.raises(RecipeError, match="not by query_pre_attn_scalar = 1"):
+        gguf.check_scale(gemma | {"query_pre_attn_scalar": 1})
+
+
 def test_a_failed_conversion_is_told_and_leaves_no_file(tmp_path):
     converter = tmp_path / "llama.cpp" / gguf.CONVERTER
     converter.parent.mkdir()
     converter.write_text("import sys; sys.exit('the vocabulary is unknown')")
-    folder = exported(tmp_path / "m")
+    folder = exported(tmp_path / "m", "llama3")
     with pytest.raises(RecipeError, match=r"convert_hf_to_gguf\.py failed: the vocabulary is unknown"):
         gguf.convert(folder, tmp_path / "x.gguf", "bf16", str(tmp_path / "llama.cpp"), {"name": "x", "commit": ""})
     assert not list(tmp_path.glob("*.gguf"))
