@@ -954,18 +954,18 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "folders", "hub", "judge", "kept_layers")
-ROOMS += ("lora", "machine", "models", "parameters", "reading", "records", "reports", "retrieval", "rules", "slots")
-ROOMS += ("training",)
+ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats", "gguf", "hub")
+ROOMS += ("judge", "kept_layers", "lora", "machine", "models", "parameters", "reading", "records", "reports")
+ROOMS += ("retrieval", "rules", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
-    from engine import answers, attention, chat, checkpoints, decoding, files, folders, hub, judge  # noqa: F401
+    from engine import answers, attention, chat, checkpoints, decoding, files, folders, formats, gguf  # noqa: F401
 
     # isort: split
-    from engine import kept_layers, lora, machine, models, parameters, reading, records, reports  # noqa: F401
+    from engine import hub, judge, kept_layers, lora, machine, models, parameters, reading, records  # noqa: F401
 
     # isort: split
-    from engine import retrieval, rules, slots, training  # noqa: F401
+    from engine import reports, retrieval, rules, slots, training  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:

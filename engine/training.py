@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils.notebook import NotebookProgressCallback
 
-from engine import attention, lora, records
+from engine import attention, formats, lora, records
 from engine.kept_layers import KeptLayers
 from helpers import RecipeError, encode
 
@@ -303,8 +303,13 @@ def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
     return RecipeError(f"the GPU's memory is full: {advice}, restart the runtime and run the notebook again")
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str) -> None:
-    """Save the adapter in 16 bit, and its tokenizer; the folder counts as unfinished until its record is written."""
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str, text_format: str
+) -> None:
+    """Save the adapter in 16 bit, and its tokenizer with a chat template that asks in `text_format` (see `formats`).
+
+    The folder counts as unfinished until its record is written.
+    """
     records.begin(folder)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -313,7 +318,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: s
         if isinstance(config.target_modules, set):  # written in another order each time, it would be another adapter
             config.target_modules = sorted(config.target_modules)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    formats.save_tokenizer(tokenizer, folder, text_format)
 
 
 def metrics(trainer: Trainer) -> dict[str, Any]:
