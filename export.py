@@ -1,5 +1,7 @@
 """Write the trained model of a run as one plain model: `python export.py outputs/a100` makes outputs/a100/merged.
 
+With --gguf also as a file for llama.cpp and Ollama, outputs/a100/gguf; --llama-cpp names a folder of llama.cpp.
+
 The base is dequantized and each pair of thin matrices is added to its weight, all in bf16: 54 GB for 27B, which vLLM
 and llama.cpp can read. The sums are made in the host's memory, which has to hold that model. The result is compared
 with base and adapter, and gets a card and a record, as every product of the notebooks.
@@ -20,7 +22,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import attention, hub, machine, models, records
+from engine import attention, formats, gguf, hub, machine, models, records
 from helpers import RecipeError, encode, sft_text
 
 PACKAGES = ["torch", "transformers", "peft"]
@@ -78,33 +80,74 @@ def distances(base: str, adapter: str, merged: Path, revision: str = "") -> dict
     return {name: (gap / expected.float().std()).item() for name, gap in gaps.items()}
 
 
-def export(run_dir: str | Path, base_name: str = "") -> None:
-    """Merge the adapter of a run with its base, which may have moved to `base_name`, into the run's folder merged/."""
+def answer_penalty(run_dir: str | Path) -> float:
+    """The repetition penalty with which notebook 4 answered in this run; 1.1, its default, if it has not."""
+    return records.read(Path(run_dir, "output.jsonl")).get("settings", {}).get("repetition_penalty", 1.1)
+
+
+def export(run_dir: str | Path, base_name: str = "") -> dict[str, Any]:
+    """Merge the adapter of a run with its base, which may have moved to `base_name`, into the run's folder merged/.
+
+    Returns the record.
+    """
     adapter_dir, merged_dir = f"{run_dir}/adapter", Path(run_dir, "merged")
     adapter = records.model_source(adapter_dir, finished=True)
     trained_on = adapter["inputs"]["model"]
     base = records.model_source(base_name or trained_on["name"], "" if base_name else trained_on["commit"])
     records.check_adapter(adapter, base)
+    text_format = records.read(adapter_dir)["settings"].get("text_format", "2024")
     merge(base["name"], adapter_dir, merged_dir, base["commit"])
+    tokenizer = models.load_tokenizer(adapter_dir)
+    formats.make_readable(merged_dir, tokenizer, text_format, answer_penalty(run_dir))
     found = distances(base["name"], adapter_dir, merged_dir, base["commit"])
     for name, gap in found.items():
         print(f"{name}: {gap:.3f} standard deviations from base + adapter")
-    record = records.make("export", {"model": base, "adapter": adapter}, {"dtype": "bfloat16"}, PACKAGES)
+    record = records.make(
+        "export", {"model": base, "adapter": adapter}, {"dtype": "bfloat16", "text_format": text_format}, PACKAGES
+    )
     facts = {"logits": f"differ from base + adapter by {found['merged']:.3f} standard deviations (mean)"}
     published = records.origins(record["inputs"])["model"]["name"]
     card = records.model_card(f"{published}, fine-tuned", record, ["merged"], facts)
     Path(merged_dir, "README.md").write_text(card, encoding="utf-8")
     records.write(merged_dir, record)
     print(f"{merged_dir}: {', '.join(sorted(path.name for path in merged_dir.iterdir()))}")
+    return record
+
+
+def export_gguf(run_dir: str | Path, merged: dict[str, Any], kind: str, llama_cpp: str) -> Path:
+    """Write merged/, of which this is the record, as a GGUF file and Ollama's Modelfile into the run's folder gguf/."""
+    merged_dir, folder = Path(run_dir, "merged"), Path(run_dir, "gguf")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    records.begin(folder)
+    target = folder / f"{Path(run_dir).resolve().name}-{kind}.gguf"
+    gguf.convert(merged_dir, target, kind, llama_cpp, records.origins(merged["inputs"])["model"])
+    modelfile = gguf.modelfile(target, merged_dir, merged["settings"]["text_format"])
+    Path(folder, "Modelfile").write_text(modelfile, encoding="utf-8")
+    source = records.model_source(str(merged_dir), finished=True)
+    record = records.make("export", {"model": source}, {"type": kind}, PACKAGES)
+    published = records.origins(record["inputs"])["model"]["name"]
+    card = records.model_card(f"{published}, fine-tuned", record, ["gguf"], {})
+    Path(folder, "README.md").write_text(card, encoding="utf-8")
+    records.write(folder, record)
+    return target
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a finished training")
     parser.add_argument("--base", default="", help="where the base model lies now, if it has moved")
+    parser.add_argument("--gguf", action="store_true", help="also write a file for llama.cpp and Ollama")
+    parser.add_argument("--type", default="q4_k_m", choices=gguf.TYPES, help="of its numbers")
+    parser.add_argument("--llama-cpp", default="", metavar="FOLDER", help="where llama.cpp lies, built in its build/")
     args = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent)
     try:
-        export(args.run_dir, args.base)
+        if args.gguf:
+            gguf.find_programs(args.llama_cpp, args.type)  # before an hour's work
+        merged = export(args.run_dir, args.base)
+        file = export_gguf(args.run_dir, merged, args.type, args.llama_cpp) if args.gguf else None
+        for program, command in gguf.commands(args.run_dir, file).items():
+            print(f"{program}: {command}")
     except (RecipeError, OSError) as problem:
         sys.exit(f"export.py: {problem}")

@@ -12,6 +12,7 @@ A room is reached through this module and imported when it is first named: `help
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import json
@@ -23,9 +24,9 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from itertools import cycle, islice
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import chain, cycle, islice
 from numbers import Number
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,33 +85,65 @@ def digest(value: Any) -> str:
 # 1. Rows
 # --------------------------------------------------------------------------------------------------------------------
 
-# The forms of rows. The texts stand in a list of turns (with role and content, or from and value), or the question,
-# further text that belongs to it, and the answer stand in columns of their own.
-CHATS = ("conversations", "messages", "conversation")
-QUESTIONS = ("instruction", "question", "prompt", "input")
+# The forms of rows. The texts stand in a list of turns (with role and content, or other names for them), or the
+# question, further text that belongs to it, and the answer stand in columns of their own. The names in MORE_ say less:
+# they count only where none of the others is there. Names of columns may be capitalised.
+CHATS, MORE_CHATS = ("conversations", "messages", "conversation"), ("utterances", "turns")
+QUESTIONS, MORE_QUESTIONS = ("instruction", "question", "prompt", "input"), ("problem", "inputs", "query", "text")
 CONTEXTS = ("input", "context")
-ANSWERS = ("response", "output", "answer", "completion")
+ANSWERS, MORE_ANSWERS = ("response", "output", "answer", "completion"), ("solution", "targets", "target")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-KNOWN_FORMS = (
-    f"known are lists of turns (role, content or from, value) in {', '.join(CHATS)}; or {', '.join(QUESTIONS)} for the "
-    f"question, with {' or '.join(CONTEXTS)} for what belongs to it, and {', '.join(ANSWERS)} for the answer"
-)
+PARTS = ("text", "input_text", "output_text")
+TURN_KEYS = {"role": ("from", "speaker", "name"), "content": ("value", "text")}
+# The keys of a turn that holds a question and its answer, in the order of the turns that it becomes.
+SIDES = {"system": "system", "human": "user", "user": "user", "input": "user"}
+SIDES |= dict.fromkeys(("assistant", "gpt", "output"), "assistant")
 
 
 def read_turn(turn: Any) -> Any:
     """A turn with the keys role ("user", "assistant" or others) and content, whatever it calls them."""
-    if not isinstance(turn, dict) or turn.get("role") in ("user", "assistant"):
+    if not isinstance(turn, dict):
         return turn
-    names = {} if "role" in turn else {"from": "role", "value": "content"}
-    turn = {names.get(key, key): value for key, value in turn.items()}
-    if "role" in turn:
-        turn["role"] = ROLES.get(turn["role"], turn["role"]) if isinstance(turn["role"], str) else ""
+    for key, others in () if "role" in turn and "content" in turn else TURN_KEYS.items():
+        if key not in turn and (used := next((name for name in others if name in turn), "")):
+            turn = {key if name == used else name: value for name, value in turn.items()}
+            if key == "role" and isinstance(turn["role"], str):
+                turn["role"] = turn["role"].lower()
+    if "role" in turn and turn["role"] not in ("user", "assistant"):
+        turn = turn | {"role": ROLES.get(turn["role"], turn["role"]) if isinstance(turn["role"], str) else ""}
+    parts = turn.get("content")  # OpenAI's form: [{"type": "text", "text": ...}, ...]
+    if isinstance(parts, list) and parts and all(isinstance(p, dict) and p.get("type") in PARTS for p in parts):
+        texts = [part.get("text") for part in parts]
+        turn = turn | {"content": "\n".join(texts)} if all(isinstance(text, str) for text in texts) else turn
     return turn
 
 
 def has_role(turn: Any) -> bool:
     """Whether what `read_turn` returns is a turn."""
     return isinstance(turn, dict) and "role" in turn
+
+
+def read_turns(value: Any) -> list[Any] | None:
+    """The turns in a column, which is a list, a dictionary of lists, or either as text of JSON or Python; else None."""
+    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(value) if isinstance(value, str) else value
+    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
+        with suppress(ValueError):  # as datasets stores a Sequence
+            value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+    if not isinstance(value, list):
+        return None
+    turns = list(map(read_turn, value))
+    if any(isinstance(turn, dict) and "role" not in turn for turn in turns):
+        turns = [part for turn in turns for part in split_turn(turn)]
+    return turns
+
+
+def split_turn(turn: Any) -> list[Any]:
+    """The turns in one that holds question and answer (of ms-swift: {"human": ..., "assistant": ...}), else itself."""
+    sides = {name: side for name, side in SIDES.items() if turn.get(name)} if isinstance(turn, dict) else {}
+    both = not has_role(turn) and {"user", "assistant"} <= set(sides.values())
+    return [{"role": side, "content": turn[name]} for name, side in sides.items()] if both else [turn]
 
 
 class Parsed(NamedTuple):
@@ -121,31 +154,50 @@ class Parsed(NamedTuple):
     turns: list[Any]  # see `read_turn`
 
 
+def read_chat(row: dict[str, Any], names: Iterable[str]) -> Parsed:
+    """A row with the first of these columns that holds turns, or an empty list only if there is no better one."""
+    chats = {name: turns for name in names if name in row and (turns := read_turns(row[name])) is not None}
+    name = next((name for name, turns in chats.items() if turns), next(iter(chats), ""))
+    turns = chats.get(name, [])
+    if name == "turns" and all(isinstance(turn, str) for turn in turns):  # MT-bench: questions, and answers to some
+        answers = [*(read_turns(row.get("reference")) or []), *[None] * len(turns)]
+        turns = _alternating(text for pair in zip(turns, answers, strict=False) for text in pair)
+    return Parsed(row, (name,) if chats else (), turns)
+
+
+def _alternating(texts: Iterable[Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts, strict=False)]
+
+
 def parse_row(row: dict[str, Any], columns_first: bool = False) -> Parsed:
     """A row with its form. Of a list of turns and columns with question and answer the list is taken, or with
     `columns_first` the columns.
     """
-    chat = Parsed(row, (), [])
-    for name in CHATS:
-        turns = row.get(name)
-        if isinstance(turns, str):
-            with suppress(ValueError, RecursionError):
-                turns = json.loads(turns)
-        if isinstance(turns, list):
-            chat = Parsed(row, (name,), [read_turn(turn) for turn in turns])
-            break
+    chat = read_chat(row, CHATS)
     if chat.columns and not columns_first:
         return chat
 
-    def first(names: Iterable[str]) -> tuple[str, ...]:  # a column that is null only if there is no better one
-        return tuple(sorted((name for name in names if name in row), key=lambda name: row[name] is None)[:1])
+    lower = {name: name if chat.columns else str(name).lower() for name in row}  # names beside turns are exact
+
+    def first(names: tuple[str, ...]) -> tuple[str, ...]:  # a column that is null only if there is no better one
+        known = [name for name in row if lower[name] in names]
+        found = [(row[name] is None, name not in names, names.index(lower[name]), name) for name in known]
+        return (min(found)[3],) if found else ()
 
     question, answer = first(QUESTIONS), first(ANSWERS)
+    if not chat.columns:
+        if not question and (chat := read_chat(row, MORE_CHATS)).columns:
+            return chat
+        answer = first(ANSWERS + MORE_ANSWERS)
+        question = first(QUESTIONS + (MORE_QUESTIONS if answer else MORE_QUESTIONS[:-1]))  # text alone asks nothing
     if not question or (chat.columns and (not answer or row[answer[0]] is None)):
         return chat
     # A row that has a conversation as well is one of notebook 2, whose instruction is already the whole question.
-    context = tuple(name for name in CONTEXTS if name not in question and row.get(name) and not chat.columns)
-    parts = [row[name] for name in question + context]
+    capitalised = not question[0].islower()
+    contexts = [n for c in CONTEXTS for n in row if n == c or (capitalised and isinstance(n, str) and n.lower() == c)]
+    contexts = [n for n in contexts if n not in question and (row[n] or is_number(row[n]))]
+    context = () if chat.columns else tuple(contexts)
+    parts = [row[question[0]], *(str(row[name]) if is_number(row[name]) else row[name] for name in context)]
     wrong = [part for part in parts if not isinstance(part, str)]
     texts = [wrong[0] if wrong else "\n".join(filter(None, parts))]
     texts += [str(row[name]) if is_number(row[name]) else row[name] for name in answer]
@@ -153,82 +205,22 @@ def parse_row(row: dict[str, Any], columns_first: bool = False) -> Parsed:
     if isinstance(history, list) and history:  # the turns before, as LLaMA-Factory stores them: a list of pairs
         texts = [text for pair in history if isinstance(pair, list) for text in pair[:2]] + texts
         columns += ("history",)
-    turns = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts)]
-    return Parsed(row, columns, turns)
+    return Parsed(row, columns, _alternating(texts))
+
+
+def first_pair(turns: Sequence[Mapping[str, Any]]) -> tuple[list[int], int | None]:
+    """Where the first question (one user turn, or several before an answer) and the answer to it stand in `turns`."""
+    asked: list[int] = []
+    for number, turn in enumerate(turns):
+        if turn["role"] == "assistant" and asked:
+            return asked, number
+        asked += [number] if turn["role"] == "user" else []
+    return asked, None
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number: its digits are what is meant where a text is wanted."""
     return isinstance(value, Number) and not isinstance(value, (bool, complex)) and math.isfinite(value)
-
-
-def check_text(where: str, value: Any, or_number: bool = False) -> str:
-    """The text `value`, or with `or_number` a number's digits; RecipeError (beginning with `where`) for all else."""
-    if or_number and is_number(value):
-        return str(value)
-    if not isinstance(value, str):
-        kinds = {type(None): "null", bool: "true or false", int: "a number", dict: "an object", list: "a list"}
-        found = kinds.get(type(value), type(value).__name__)
-        raise RecipeError(f"{where} is {found}, expected text; correct or delete the row")
-    if half := re.search("[\ud800-\udfff]", value):
-        found = f"U+{ord(half[0]):04X}, half a surrogate pair"
-        raise RecipeError(f"{where} holds {found}, which UTF-8 cannot hold; correct the text")
-    return value
-
-
-def read_pair(place: str, parsed: Parsed, need_answer: bool = True) -> tuple[str, str, Any]:
-    """The form of a row, its first question and its first answer, which without `need_answer` is returned as it is.
-
-    RecipeError, beginning with `place`, for an unknown form and for a question or answer that is no text.
-    """
-    row, columns, turns = parsed
-    form = ", ".join(columns)
-    for number, turn in enumerate(turns, start=1):
-        if not has_role(turn):
-            raise RecipeError(f"{place}: turn {number} of {form} has no role; {KNOWN_FORMS}")
-    roles = [turn["role"] for turn in turns]
-    for role, part in (("user", "question"), ("assistant", "answer"))[: 1 + need_answer]:
-        if role not in roles:
-            in_turns = columns and columns[0] in CHATS
-            held = f"roles in {form} are {roles[:20]}" if in_turns else f"columns are {sorted(map(str, row))[:20]}"
-            raise RecipeError(f"{place}: no {part} found; its {held}; {KNOWN_FORMS}")
-    form += ", without the system text" if "system" in roles else ""
-    form += ", first question of several" if roles.count("user") > 1 else ""
-    texts = {turn["role"]: turn.get("content") for turn in reversed(turns)}
-    question, answer = check_text(f"{place}: the question ({columns[0]})", texts["user"]), texts.get("assistant")
-    return form, question, check_text(f"{place}: the answer ({form})", answer, True) if need_answer else answer
-
-
-class Text(NamedTuple):
-    """Text that `pattern` matches as a whole; `words` say the same to a reader."""
-
-    pattern: str
-    words: str
-
-
-ANY_TEXT = Text(r".*", "text on one line")
-MANY, SWITCH = 10**9, [True, False]
-
-
-def wrong_values(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
-    """The `values` that a table such as PARAMETERS does not allow: name and what it must be."""
-    wrong = {}
-    for name, allowed in table.items():
-        value = values.get(name, ...)
-        if isinstance(allowed, Text):
-            fits, words = isinstance(value, str) and re.fullmatch(allowed.pattern, value), allowed.words
-        elif isinstance(allowed, range):
-            fits = type(value) is int and value in allowed
-            words = f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
-        elif isinstance(allowed, tuple):
-            fits = type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
-            words = f"a number from {allowed[0]:g} to {allowed[1]:,g}"
-        else:
-            fits = type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
-            words = " or ".join(map(repr, allowed))
-        if name in values and not fits:
-            wrong[name] = words
-    return wrong
 
 
 def show(table: Any, longest: int = 200) -> Any:
@@ -251,86 +243,94 @@ REASONS = (
     "empty",  # a field holds nothing but white space
     "ng string",  # a string of the NG list
     "rare character",  # a character that the whole data set hardly uses
-    "not cp932",  # a character that cannot be written in Japanese Windows' code page 932
+    "foreign character",  # a character that Japanese text does not use, see `is_japanese`
+    "pattern",  # a regular expression of the rules file; its name takes the place of this word
+    "loop",  # the same text again and again, see `repeated_text`
+    "repeats the question",  # see `repeats_question`
     "unreadable",  # a control character or half a surrogate pair: cld2 or UTF-8 refuses it
-    "not Japanese",  # cld2 finds too little Japanese
+    "not Japanese",  # cld2 finds too little Japanese, and its script does not decide either
+    "duplicate",  # an earlier row has the same texts, see `row_key`
     "rare afterwards",  # a character that the rows kept so far hardly use
 )
+ALONE = ("malformed", "missing turn", "empty", "unreadable", "not Japanese", "duplicate")  # no other rule is asked then
+LISTED = ("ng string", "rare character", "foreign character")  # the report counts these by what was matched
 Problem = tuple[str, str, str]  # (reason, field, matched string)
-_VOICED_KANA = re.compile("[ぁ-ヿ][\u3099\u309a]")
+_MARKERS = " \u3000\t0123456789０１２３４５６７８９.．)）、,・-*#>|：:①②③④⑤⑥⑦⑧⑨⑩"  # before a line of a list
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class FilterRules:
-    """A rules file, with 2024's numbers and switches as defaults; RecipeError for a wrong type or range."""
+    """The whole filter, with 2024's numbers and switches as defaults; `rules.load` reads and checks a file."""
 
-    replacements: tuple[tuple[str, str], ...]  # (old, new): applied one after the other to every text
-    ng: tuple[str, ...]  # a row that holds one of these strings is dropped
+    replacements: Sequence[tuple[str, str]]  # (old, new): applied one after the other to every text
+    ng: Sequence[str]  # a row that holds one of these strings is dropped
+    # Regular expressions by name, for "text" of any kind, for a "question" (turns of the user) or for an "answer"
+    patterns: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     rare_below: int = 20  # drop rows with a character that occurs fewer times than this in all rows; 0 is off
     rare_after_below: int = 10  # the same once more, counted over the rows that passed all other rules; 0 is off
     japanese_percent: int = 60  # the least share of Japanese, in percent of bytes, that cld2 must find in each text
+    japanese_characters: bool = False  # drop rows with a character that Japanese text does not use (`is_japanese`)
+    characters_also: str = ""  # characters that `japanese_characters` lets pass nevertheless
     all_turns: bool = False  # judge every turn, not only the first question and the first answer
     clean_conversations: bool = False  # apply the replacements to the column `conversations`, too
-    compose_kana: bool = False  # write a kana and a combining voice mark as one character: か + ゛ becomes が
+    plain_looks: bool = False  # write what only looks different in its plain form, see LOOKS: か + ゛ becomes が
     plain_text: bool = False  # let cld2 read every character; without, it takes the text for HTML and skips tags
-    cp932_only: bool = False  # drop rows with a character that Japanese Windows (cp932) cannot write
-    cp932_also: str = ""  # characters that `cp932_only` lets pass nevertheless
-
-    def __post_init__(self) -> None:
-        def texts(value: Any) -> bool:
-            return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
-
-        wrong = wrong_values(vars(self), RULES)
-        if not texts(self.ng) or "" in self.ng:  # an empty string is in every text
-            wrong["ng"] = "a list of strings, none of them empty"
-        pairs = self.replacements if isinstance(self.replacements, (list, tuple)) else [None]
-        if not all(texts(pair) and len(pair) == 2 and pair[0] for pair in pairs):
-            wrong["replacements"] = "a list of pairs of strings [old, new], in which old is not empty"
-        for name, wanted in wrong.items():
-            raise RecipeError(f"{name} is {str(getattr(self, name))[:60]!r}; it must be {wanted}")
-        # A string in another Unicode form than the text would never be found in it.
-        pairs = tuple((self.composed(old), self.composed(new)) for old, new in pairs)
-        object.__setattr__(self, "replacements", pairs)
-        object.__setattr__(self, "ng", tuple(map(self.composed, self.ng)))
-
-    @cached_property
-    def any_key(self) -> re.Pattern:
-        """Finds out whether a text holds anything that is to be replaced."""
-        return any_string(old for old, _ in self.replacements)
+    script_decides: bool = False  # ask cld2 only where kana do not decide (`mostly_kana`, `japanese_by_script`)
+    loops: bool = False  # drop rows with an answer that repeats itself
+    echoes: bool = False  # drop rows with an answer that repeats the question
+    duplicates: bool = False  # drop rows with the texts of an earlier row
 
     def normal(self, text: str) -> str:
-        """The text in the Unicode form in which it is judged. NFC as a whole would rewrite kanji of names, too."""
-        if self.compose_kana and ("\u3099" in text or "\u309a" in text):
-            return _VOICED_KANA.sub(lambda kana: unicodedata.normalize("NFC", kana.group()), text)
+        """The text in the form in which it is judged. Unicode's NFC as a whole would rewrite kanji of names, too."""
+        if self.plain_looks and ANY_LOOKS.search(text):
+            text = re.sub("[ぁ-ヿ][\u3099\u309a]", lambda kana: unicodedata.normalize("NFC", kana[0]), text)
+            text = text.translate(LOOKS)
         return text
 
-    def composed(self, string: str) -> str:
-        """A string of the rules file, which an editor may have saved with accents and voice marks of their own."""
-        decomposed = self.compose_kana and any(map(unicodedata.combining, string))
-        return unicodedata.normalize("NFC", string) if decomposed else string
+
+# What only looks different, and its plain form: spaces of other widths; hyphens that do not break; what cannot be seen;
+# kanji drawn as radicals or for compatibility, ligatures, letters as mathematical signs.
+LOOKS = dict.fromkeys((0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F), " ")
+LOOKS |= {0xF06C: "●", 0xF06E: "■", 0xF0A7: "■", 0xF0B7: "・"}  # bullets of Word's symbol fonts
+LOOKS |= {0x2010: "-", 0x2011: "-", 0x2028: "\n", 0x2029: "\n", 0xAD: "", 0x20E3: "", 0xFEFF: ""}
+for start, end in ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF)):
+    LOOKS |= dict.fromkeys(range(start, end + 1), "")
+for code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFADA), *range(0xFB00, 0xFB07), *range(0x1D400, 0x1D800)):
+    if not chr(code).encode("cp932", "ignore"):  # 神 and others that Japanese Windows writes stay: names need them
+        LOOKS[code] = unicodedata.normalize("NFKC", chr(code))
+ANY_LOOKS = re.compile(f"[\u3099\u309a{''.join(chr(code) for code in LOOKS if code < 2**16)}\U00010000-\U0010ffff]")
 
 
-# What the values of a rules file may be, beside its two lists (see PARAMETERS).
-RULES: dict[str, list | range | tuple[float, float] | Text] = {
-    **dict.fromkeys(("rare_below", "rare_after_below"), range(MANY)),
-    "japanese_percent": range(101),
-    **dict.fromkeys(("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only"), SWITCH),
-    "cp932_also": ANY_TEXT,
-}
-
-
-def any_string(strings: Iterable[str]) -> re.Pattern:
-    """A pattern that finds every place of the strings in a text, in a third of the time of their alternation.
-
-    It matches the character that is last in code order, and looks for the rest only there: kanji come after kana and
-    Latin letters and are rarer.
+@cache
+def is_japanese(character: str) -> bool:
+    """Whether Japanese text uses a character: Japanese Windows writes it (but Cyrillic), it is a kanji, a kana or a
+    sign of the standard JIS X 0213, a Latin letter of Western Europe, or a common sign that is no emoji: punctuation,
+    mathematics, currencies, numbers such as ² and ₂, arrows, shapes.
     """
-    around = defaultdict(list)
-    for string in strings:
-        place = string.index(max(string)) + 1
-        around[max(string)].append(f"(?<={re.escape(string[:place])})(?={re.escape(string[place:])})")
-    return re.compile("|".join(f"{re.escape(last)}(?:{'|'.join(rest)})" for last, rest in around.items()) or "(?!)")
+    if character.encode("cp932", "ignore") and not "\ue000" <= character <= "\uf8ff":  # not its private use
+        return not "Ѐ" <= character <= "ӿ"
+    jis, category = len(character.encode("euc_jis_2004", "ignore")) > 1, unicodedata.category(character)
+    if category[0] == "L":
+        return (jis and category == "Lo") or "À" <= character <= "ÿ" or "\u2070" <= character <= "\u2138"
+    if category == "So":  # of pictures only those that the standard knows
+        return jis or ("\u2190" <= character <= "\u25ff" and unicodedata.east_asian_width(character) != "W")
+    common = any(low <= character <= high for low, high in ("\xa0÷", "\u2000\u2bff", "\u3000\u33ff", "︰\uffef"))
+    return common and category[0] in "SPN" and category != "Nl"
+
+
+def any_expression(expressions: Iterable[str]) -> list[re.Pattern]:
+    """Patterns one of which finds something if one of the expressions does; joining those that begin with an ordinary
+    character is fast. None of them holds | outside brackets, see `engine/rules.py`.
+    """
+    joined, others = {True: defaultdict(list), False: defaultdict(list)}, []
+    for expression in expressions:
+        if first := re.match(r"(\\\W|[^\\\[\](){}.^$*+?|])(?![*?+{])", expression):
+            joined[first[0].isascii()][first[0]].append(expression[first.end() :])
+        else:
+            others.append(expression)
+    both = ("|".join(f"{first}(?:{'|'.join(rest)})" for first, rest in after.items()) for after in joined.values())
+    return [re.compile(expression) for expression in (*both, *others) if expression]
 
 
 def any_character(characters: Iterable[str]) -> re.Pattern:
@@ -345,7 +345,7 @@ def row_texts(parsed: Parsed, rules: FilterRules) -> tuple[dict[str, str], Probl
     """The texts of a row by field, and what is wrong with its form; a malformed row has no texts.
 
     `instruction` is the first user turn and `response` the first assistant turn, "" where missing; with `all_turns`
-    the other turns follow as "turn N", counted from 1.
+    the other turns follow as "turn N (role)", counted from 1.
     """
     if not parsed.columns:
         return {}, ("malformed", "conversations", type(parsed.row.get("conversations")).__name__)
@@ -357,7 +357,7 @@ def row_texts(parsed: Parsed, rules: FilterRules) -> tuple[dict[str, str], Probl
         if field is None or field in texts:
             if not rules.all_turns or (content is None and turn.get("tool_calls")):
                 continue  # with `tool_calls` it calls a tool instead of saying something
-            field = f"turn {number}"
+            field = f"turn {number} ({turn['role']})"
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
         texts[field] = rules.normal(content)
@@ -374,12 +374,8 @@ def count_characters(texts_of_rows: Iterable[Mapping[str, str]]) -> np.ndarray:
     counts = np.zeros(sys.maxunicode + 1, np.int64)
     joined = (" ".join(texts.values()) for texts in texts_of_rows if texts)
     while piece := "".join(islice(joined, 100)):  # 2024 counted one string of all rows
-        np.add.at(counts, _code_points(piece), 1)
+        np.add.at(counts, np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), np.uint32), 1)
     return counts
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def rare_characters(counts: np.ndarray, limit: int) -> str:
@@ -389,101 +385,176 @@ def rare_characters(counts: np.ndarray, limit: int) -> str:
 
 def replace_strings(text: str, rules: FilterRules) -> str:
     """The text after the replacements, one after the other: a later one sees what an earlier one wrote."""
-    if rules.any_key.search(text):  # most texts hold nothing to replace, and one search is faster than 28
-        for old, new in rules.replacements:
+    for old, new in rules.replacements:
+        if old in text:
             text = text.replace(old, new)
     return text
 
 
 class Forbidden:
-    """What no text may hold, ready to be searched for: NG strings, `rare` characters, and those outside cp932."""
+    """What no text may hold, ready to be searched for: NG strings, `rare` characters, foreign ones, and patterns."""
 
     def __init__(self, rules: FilterRules, rare: str = "") -> None:
-        self.strings = {string: max(string) for string in rules.ng if len(string) > 1}
-        self.any_string = any_string(self.strings)
+        self.strings = [string for string in dict.fromkeys(rules.ng) if len(string) > 1]
+        self.any_string = any_expression(map(re.escape, self.strings))
         single = [string for string in rules.ng if len(string) == 1]
         self.reason_of = {**dict.fromkeys(rare, "rare character"), **dict.fromkeys(single, "ng string")}
-        self.other_reason = "not cp932" if rules.cp932_only else None
-        if rules.cp932_only:
-            writable = {c for c in map(chr, range(0x10000)) if c.encode("cp932", "ignore")}
-            private = set(map(chr, range(0xE000, 0xF900)))  # cp932 writes it, but it means something else to everyone
-            allowed = (writable - private | set(rules.cp932_also)) - self.reason_of.keys()
+        self.other_reason = "foreign character" if rules.japanese_characters else None
+        self.any_character = any_character(self.reason_of)
+        if rules.japanese_characters:
+            allowed = set(filter(is_japanese, map(chr, (*range(0x10000), *range(0x20000, 0x2A6E0)))))
+            allowed = (allowed | set(rules.characters_also)) - self.reason_of.keys()
             self.any_character = re.compile(f"[^{re.escape(''.join(allowed))}]")
-        else:
-            self.any_character = any_character(self.reason_of)
+        self.patterns, self.any_pattern = {}, {"text": []}
+        for scope in ("text", "question", "answer"):
+            own, shared = rules.patterns.get(scope, {}), rules.patterns.get("text", {})
+            self.patterns[scope] = {name: re.compile("|".join(parts)) for name, parts in {**shared, **own}.items()}
+            self.any_pattern[scope] = self.any_pattern["text"] + any_expression(chain(*own.values()))
+
+
+def scope_of(place: str) -> str:
+    """Which patterns a field is judged by: those of "question", "answer" or, for a system turn, "text"."""
+    if place == "instruction" or place.endswith("(user)"):
+        return "question"
+    return "answer" if place == "response" or place.endswith("(assistant)") else "text"
 
 
 def find_forbidden(texts: Mapping[str, str], forbidden: Forbidden) -> list[Problem]:
-    """(reason, field, matched string) of everything forbidden in the texts of a row, in the order of REASONS."""
-    found, reason_of = [], forbidden.reason_of
-    for field, text in texts.items():
-        if held := set(forbidden.any_string.findall(text)):
-            strings = [s for s, last in forbidden.strings.items() if last in held and s in text]
-            found += [("ng string", field, string) for string in strings]
+    """(reason, field, matched string) of everything forbidden in the texts of a row: first strings and characters."""
+    found, reason_of, matches = [], forbidden.reason_of, []
+    for place, text in texts.items():
+        if any(pattern.search(text) for pattern in forbidden.any_string):
+            found += [("ng string", place, string) for string in forbidden.strings if string in text]
         if characters := forbidden.any_character.findall(text):
             reasons = [(reason_of.get(c, forbidden.other_reason), c) for c in sorted(set(characters))]
-            found += [(reason, field, _shown(character)) for reason, character in reasons if reason]
-    return sorted(found, key=lambda problem: REASONS.index(problem[0])) if found else found
+            found += [(reason, place, _shown(character)) for reason, character in reasons if reason]
+        scope = scope_of(place)
+        if any(pattern.search(text) for pattern in forbidden.any_pattern[scope]):
+            matched = ((name, pattern.search(text)) for name, pattern in forbidden.patterns[scope].items())
+            matches += [(name, place, match[0]) for name, match in matched if match]
+    return sorted(found, key=lambda problem: REASONS.index(problem[0])) + matches if found else matches
 
 
 def _shown(character: str) -> str:
     return f"U+{ord(character):04X}" if "\ud800" <= character <= "\udfff" else character  # half a surrogate pair
 
 
+def repeated_text(text: str) -> str:
+    """What a text repeats: a piece four times in a row (`has_loop`), or a sentence or line four times in all that makes
+    up a third of the text, whatever number or bullet stands before it; or "".
+    """
+    for start in range(0, len(text) - 30, 20):  # a loop holds one of these pieces twice
+        again = text.find(text[start : start + 10], start + 1, start + 110)
+        piece = text[start:again] if again > 0 else ""
+        if any(map(str.isalnum, piece)) and 3 * piece in text and has_loop(text[max(0, start - 400) : start + 500]):
+            return piece
+    parts = [part.strip(_MARKERS) for part in text.replace("。", "\n").split("\n")]
+    if len(parts) - len(set(parts)) > 2:
+        for part, times in Counter(parts).most_common(2):
+            if times > 3 and 3 * times * len(part) > len(text) and sum(map(str.isalpha, part)) > 2:
+                return part
+    return ""
+
+
+def repeats_question(texts: Mapping[str, str]) -> bool:
+    """Whether the first answer is the question or holds it as a whole, to its end mark; a part is restated rightly."""
+    question, answer = texts["instruction"].strip(), texts["response"]
+    whole = len(question) >= 8 and question[-1] in "。？?" and question in answer
+    return whole or re.sub(r"[\W_]", "", question) == re.sub(r"[\W_]", "", answer[: 2 * len(question)])
+
+
+def japanese_by_script(text: str) -> bool:
+    """Whether a text is Japanese by its letters: kana enough for a sentence, or few letters: up to 20 kanji, and eight
+    Latin words, more of them with a capital (names) than without.
+    """
+    kana, kanji = (len(re.findall(letters, text)) for letters in ("[ぁ-ヿｦ-ﾟ]", "[々〇一-鿿]"))
+    words = re.findall(r"(?<![A-Za-zÀ-ÖØ-öø-ÿ])[A-Za-zÀ-ÖØ-öø-ÿ]{2}[^\s、。,]*", unicodedata.normalize("NFKC", text))
+    lower = sum(word[0].islower() for word in words)
+    names = len(words) <= 8 and lower <= max(1, len(words) - lower - 1)
+    if kana:
+        return (names or lower <= kana + kanji) and (kana + kanji <= 20 or 5 * kana >= kanji)
+    return kanji <= 20 and names and any(unicodedata.category(character)[0] in "LNS" for character in text)
+
+
+def mostly_kana(text: str) -> bool:
+    """Whether at least two fifths of a text's bytes are kana, which no other language writes; half-width ones aside."""
+    written = text.encode("utf-8", "surrogatepass")
+    return 15 * sum(map(written.count, (b"\xe3\x81", b"\xe3\x82", b"\xe3\x83"))) >= 2 * len(written)
+
+
 def not_japanese(texts: Mapping[str, str], rules: FilterRules) -> list[Problem]:
     """[(reason, field, what was found)] of the first text that cld2 cannot read or finds too little Japanese in; or [].
-
-    A later turn too short for cld2 to name its language ("はい。") passes.
+    A later turn too short for cld2 to name its language ("はい。") passes, with `script_decides` each short text.
     """
     import pycld2
 
-    for field, text in texts.items():
+    for place, text in texts.items():
+        if rules.script_decides and mostly_kana(text) and not _UNREADABLE.search(text):
+            continue
         try:
             languages = pycld2.detect(text, isPlainText=rules.plain_text)[2]
         except (pycld2.error, UnicodeEncodeError) as error:
             unreadable = _UNREADABLE.search(text)
-            return [("unreadable", field, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error))]
+            return [("unreadable", place, f"U+{ord(unreadable.group()):04X}" if unreadable else str(error))]
         if not any(code == "ja" and share >= rules.japanese_percent for _, code, share, _ in languages):
-            if field.startswith("turn") and languages[0][1] == "un":
-                continue
-            return [("not Japanese", field, ", ".join(f"{code} {share} %" for _, code, share, _ in languages if share))]
+            short = place.startswith("turn") and languages[0][1] == "un"
+            if not (japanese_by_script(text) if rules.script_decides else short):
+                shares = ", ".join(f"{code} {share} %" for _, code, share, _ in languages if share)
+                return [("not Japanese", place, shares)]
     return []
+
+
+def row_key(texts: Mapping[str, str]) -> bytes:
+    """A fingerprint of the texts of a row, the same for all that differ in white space alone."""
+    joined = "\0".join("".join(text.split()) for text in texts.values())
+    return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def find_problems(texts: Mapping[str, str], rules: FilterRules, forbidden: Forbidden) -> list[Problem]:
     """Why a row with these texts (after the replacements) is dropped: everything forbidden in them, or else their
     language (cld2 is slow, and its percentage overlooks a short foreign tail); [] keeps the row.
     """
-    return find_forbidden(texts, forbidden) or not_japanese(texts, rules)
+    found = find_forbidden(texts, forbidden)
+    for place, text in texts.items():
+        if rules.loops and scope_of(place) == "answer" and (part := repeated_text(text)):
+            found.append(("loop", place, part))
+    if rules.echoes and repeats_question(texts):
+        found.append(("repeats the question", "response", texts["instruction"]))
+    return found or not_japanese(texts, rules)
 
 
-# The number of a row from 1, the row, its texts as judged.
+# What `row_texts` finds; and the number of a row from 1, the row, its texts as judged.
+RowTexts = tuple[dict[str, str], Problem | None]
 Passed = tuple[int, Parsed, dict[str, str]]
 
 
 def judge_rows(
-    rows: Iterable[Parsed], texts_of: Iterable[tuple[dict[str, str], Problem | None]], rules: FilterRules, rare: str
+    rows: Iterable[Parsed], texts_of: Iterable[RowTexts], rules: FilterRules, rare: str, seen: set[bytes]
 ) -> tuple[list[Passed], list[dict[str, Any]], dict[tuple[str, str], list[int]]]:
-    """Apply every rule but the last to the rows, each with what `row_texts` found; `rare` characters are forbidden.
+    """Apply every rule but the last to the rows, each with what `row_texts` found; `rare` characters are forbidden, and
+    with `duplicates` rows whose `row_key` is in `seen`, to which theirs are added.
 
     Returns the rows that passed, the dropped ones (see `dropped_record`), and for each (reason, match) how many rows
-    hold it and how many of them no other rule would have dropped.
+    hold it and how many of them no other rule would have dropped. Only strings and characters are counted by match.
     """
     forbidden = Forbidden(rules, rare)
     passed, dropped, hits = [], [], defaultdict(lambda: [0, 0])
     for number, (row, (given, malformed)) in enumerate(zip(rows, texts_of, strict=True), start=1):
         texts = {field: replace_strings(text, rules) for field, text in given.items()}
         problems = [malformed] if malformed else find_problems(texts, rules, forbidden)
+        if rules.duplicates and not malformed:
+            key = row_key(texts)
+            problems = problems or [("duplicate", "instruction", "")] * (key in seen)
+            seen.add(key)
         if not problems:
             passed.append((number, row, texts))
             continue
-        forbids = problems[0][0] in ("ng string", "rare character", "not cp932")
-        broken = list(dict.fromkeys((reason, match) for reason, _, match in problems)) if forbids else []
+        broken = list(dict.fromkeys((why, m if why in LISTED else "") for why, _, m in problems if why not in ALONE))
         only = len(broken) == 1 and not not_japanese(texts, rules)
         for rule in broken:
             hits[rule][0] += 1
             hits[rule][1] += only
-        dropped.append(dropped_record(number, problems[0], row.row, [match for _, match in broken[1:]]))
+        dropped.append(dropped_record(number, problems[0], row.row, [match or why for why, match in broken[1:]]))
     return passed, dropped, hits
 
 
@@ -535,7 +606,7 @@ def filter_rows(
     texts_of = [row_texts(row, rules) for row in rows]
     counts = count_characters(texts for texts, _ in texts_of)
     rare = rare_characters(counts, rules.rare_below)
-    passed, dropped, hits = judge_rows(progress(rows), texts_of, rules, rare)
+    passed, dropped, hits = judge_rows(progress(rows), texts_of, rules, rare, set())
 
     counts_after = count_characters(texts for _, _, texts in passed)
     rare_after = rare_characters(counts_after, rules.rare_after_below)
@@ -544,7 +615,7 @@ def filter_rows(
     dropped = sorted(dropped + late, key=lambda record: record["number"])
     report = {
         "settings": asdict(rules),
-        **filter_counts(len(rows), len(kept), Counter(record["reason"] for record in dropped)),
+        **filter_counts(rules, len(rows), len(kept), Counter(record["reason"] for record in dropped)),
         "rules": [
             {"reason": reason, "match": match, "rows": held, "only": only}
             for (reason, match), (held, only) in sorted(hits.items(), key=lambda rule: (-rule[1][1], -rule[1][0]))
@@ -555,11 +626,13 @@ def filter_rows(
     return kept, dropped, report
 
 
-def filter_counts(rows_in: int, rows_kept: int, reasons: Mapping[str, int]) -> dict[str, Any]:
+def filter_counts(rules: FilterRules, rows_in: int, rows_kept: int, reasons: Mapping[str, int]) -> dict[str, Any]:
     """The counts of a filter's report, with the rows left after each step; AssertionError if a row were lost."""
     rows_dropped = sum(reasons.values())
     assert rows_in == rows_kept + rows_dropped, f"{rows_in} rows in, {rows_kept} kept, {rows_dropped} dropped"
-    reasons = {reason: reasons[reason] for reason in REASONS if reasons.get(reason)}
+    names = [name for named in rules.patterns.values() for name in named]
+    order = [name for reason in REASONS for name in (names if reason == "pattern" else [reason])]
+    reasons = {reason: reasons[reason] for reason in order if reasons.get(reason)}
     left = rows_in - np.cumsum([0, *reasons.values()])
     return {
         "rows_in": rows_in,
@@ -675,18 +748,6 @@ def cut_examples(examples: Sequence[Example], longest: int) -> tuple[list[dict[s
     return rows, changed
 
 
-def even_rows(texts: Sequence[int], lengths: Sequence[int], texts_per_row: int) -> list[list[int]]:
-    """Deal `texts` (their numbers) out to rows of nearly the same length: the longest first, each to the shortest row.
-
-    `lengths[number]` is a text's length in tokens; no row gets more than `texts_per_row` texts.
-    """
-    rows: list[list[int]] = [[] for _ in range(-(-len(texts) // texts_per_row))]
-    for text in sorted(texts, key=lambda text: lengths[text], reverse=True):
-        open_rows = [row for row in rows if len(row) < texts_per_row]
-        min(open_rows, key=lambda row: sum(lengths[other] for other in row)).append(text)
-    return rows
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # 4. Answer
 # --------------------------------------------------------------------------------------------------------------------
@@ -757,22 +818,6 @@ def max_sim(query: Any, documents: Any) -> Any:
 def clean_answer(text: str) -> str:
     """Cut everything from a new "### 質問" on (the model went on to invent the next task) and trim white space."""
     return text.split("### 質問", maxsplit=1)[0].strip()
-
-
-def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer."""
-    ids = [task["task_id"] for task in tasks]
-    missing, empty = [i for i in ids if i not in answers], [i for i in ids if answers.get(i) == ""]
-    if missing:
-        raise RecipeError(
-            f"no answer for task_id {missing[:10]} ({len(missing)} of {len(ids)}): run this notebook again"
-        )
-    if empty:  # greedy decoding would write the same again
-        raise RecipeError(
-            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(ids)}): set ban_words = False, "
-            "another prompt_style or a smaller repetition_penalty, or train the adapter longer"
-        )
-    return [{"task_id": task["task_id"], "input": task["input"], "output": answers[task["task_id"]]} for task in tasks]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -926,14 +971,18 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "forms", "hub", "judge", "kept_layers")
-ROOMS += ("lora", "machine", "models", "parameters", "records", "reports", "retrieval", "slots", "training")
+ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats", "forms", "gguf")
+ROOMS += ("hub", "judge", "kept_layers", "lora", "machine", "models", "parameters", "reading", "records", "reports")
+ROOMS += ("retrieval", "rules", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
-    from engine import answers, attention, checkpoints, decoding, files, forms, hub, judge, kept_layers, lora  # noqa: F401
+    from engine import answers, attention, chat, checkpoints, decoding, files, folders, formats, forms  # noqa: F401
 
     # isort: split
-    from engine import machine, models, parameters, records, reports, retrieval, slots, training  # noqa: F401
+    from engine import gguf, hub, judge, kept_layers, lora, machine, models, parameters, reading  # noqa: F401
+
+    # isort: split
+    from engine import records, reports, retrieval, rules, slots, training  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:

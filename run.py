@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there with
 import nbformat
 import papermill
 
-from engine import files, forms, records, reports
+from engine import files, folders, forms, records, reports
 from helpers import RecipeError, digest, shown
 from run_file import read_notebook, read_run
 
@@ -80,7 +80,8 @@ def states(output_dir: Path) -> dict[str, tuple]:
 
 def contents(value: object) -> str:
     """What a parameter names, if it is a file or folder, also beside the notebooks: a hash that changes with it."""
-    found = [path for path in (str(value), f"notebooks/{value}") if value and os.path.exists(path)]
+    name, _ = folders.parse_name(str(value))
+    found = [path for path in (name, f"notebooks/{name}") if name and os.path.exists(path)]
     return digest(hashes(found[0])) if found else ""
 
 

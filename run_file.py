@@ -15,13 +15,27 @@ from helpers import RecipeError
 
 
 class RunFile(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error; the plain loader silently keeps the last."""
+    """YAML in which a number is what Python's int() and float() read, as papermill's -p has it (plain YAML takes 010
+    for 8, 10:30 for 630 and 0x10 for 16), and a key that is there twice is an error (it silently keeps the last).
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
         if twice := [key for key, _ in node.value if keys.count(key.value) > 1]:
             raise yaml.YAMLError(f"{twice[1].value!r} is there twice (line {twice[1].start_mark.line + 1}); join them")
         return super().construct_mapping(node, deep)
+
+
+WHOLE = r"[-+]?\d+(_\d+)*"
+REAL = rf"({WHOLE}\.\d*|[-+]?\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+NUMBERS = {"tag:yaml.org,2002:int": WHOLE, "tag:yaml.org,2002:float": REAL}
+RunFile.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for tag, pattern in NUMBERS.items():
+    RunFile.add_implicit_resolver(tag, re.compile(f"({pattern})$"), None)
+RunFile.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def read_notebook(path: Path) -> tuple[str, dict]:
@@ -34,7 +48,7 @@ def read_notebook(path: Path) -> tuple[str, dict]:
 
 def meant(value: object, default: object) -> object:
     """`value`, as a number where YAML reads 2e-4 as text, and with the home folder for a `~` in front."""
-    if isinstance(default, int | float) and re.fullmatch(r"-?\d+e[+-]?\d+", str(value)):
+    if isinstance(default, int | float) and re.fullmatch(rf"{WHOLE}[eE][-+]?\d+", str(value)):
         return float(value)
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
@@ -42,7 +56,7 @@ def meant(value: object, default: object) -> object:
 def number(text: str) -> object:
     """The number, true or false that `text` means in a run file; `text` itself if it is nothing that YAML can read."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, RunFile)
     except (yaml.YAMLError, ValueError):
         return text
 

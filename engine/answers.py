@@ -267,6 +267,22 @@ def answer_all(
     return (rows if processes == 1 else kept(folder, keys, finished=output_file)), processes
 
 
+def submission_rows(tasks: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
+    """Rows (task_id, input, output) in the order of the tasks; RecipeError lists tasks without an answer."""
+    ids = [task["task_id"] for task in tasks]
+    missing, empty = [i for i in ids if i not in answers], [i for i in ids if answers.get(i) == ""]
+    if missing:
+        raise RecipeError(
+            f"no answer for task_id {missing[:10]} ({len(missing)} of {len(ids)}): run this notebook again"
+        )
+    if empty:  # greedy decoding would write the same again
+        raise RecipeError(
+            f"an empty answer for task_id {empty[:10]} ({len(empty)} of {len(ids)}): set ban_words = False, "
+            "another prompt_style or a smaller repetition_penalty, or train the adapter longer"
+        )
+    return [{"task_id": task["task_id"], "input": task["input"], "output": answers[task["task_id"]]} for task in tasks]
+
+
 def metrics(rows: Mapping[Any, Mapping[str, Any]], processes: int) -> dict[str, Any]:
     """What all answers (rows by task_id) cost: seconds of answering, tokens, cut and repeated answers, memory."""
     seconds = sum(row["seconds"] for row in rows.values()) / processes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -84,30 +85,104 @@ def packed(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention for rows that hold several texts end to end, with softcapping and a sliding window.
 
-    A text begins wherever `position_ids` (1, tokens) is 0; no token sees another text. On a GPU (Ampere and later)
-    torch's flex attention skips what is not seen; elsewhere every text gets its own scores by `capped`, and nothing is
-    compiled. The work grows with the square of a text's length, not of a row's.
+    A text begins wherever `position_ids` (1, tokens) is 0; no token sees another text. Computed in the first of `ways`.
     Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
     refuse_arguments(others | {"attention_mask": attention_mask})
+    attend, window = ways(query.device)[0], sliding_window or query.shape[2]
+    return attend(query, key, value, position_ids, scaling, softcap, window).transpose(1, 2), None
+
+
+def in_one_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_ids: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    window: int,
+) -> torch.Tensor:
+    """torch's flex attention, compiled: it skips what is not seen, and holds no scores in the GPU's memory."""
+    options = {"block_mask": packed_mask(position_ids, window), "enable_gqa": True}
+    shared_memory = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
+    options["kernel_options"] = kernel_options(query.shape[3], shared_memory)
+    if softcap is not None:
+        options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
+    return compiled()(query, key, value, scale=scaling, **options)
+
+
+def text_by_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_ids: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    window: int,
+) -> torch.Tensor:
+    """Every text gets its own scores by `capped`, and nothing is compiled.
+
+    Work and memory grow with the square of a text's length, not of a row's.
+    """
     tokens = query.shape[2]
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0):
-        options = {"block_mask": packed_mask(position_ids, sliding_window or tokens), "enable_gqa": True}
-        # Left to itself, torch takes another kernel for fewer than 128 tokens, which does not fit every model's heads.
-        options["kernel_options"] = {"BACKEND": "TRITON"}
-        if softcap is not None:
-            options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
-        return compiled()(query, key, value, scale=scaling, **options).transpose(1, 2), None
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], tokens], strict=True)]
     results = []
     for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
         position = torch.arange(q.shape[2], device=query.device)
         distance = position[:, None] - position
-        unseen = (distance < 0) | (distance >= (sliding_window or tokens))
-        results.append(capped(q, k, v, unseen, scaling, softcap))
-    return torch.cat(results, dim=2).transpose(1, 2), None
+        results.append(capped(q, k, v, (distance < 0) | (distance >= window), scaling, softcap))
+    return torch.cat(results, dim=2)
+
+
+WAYS: tuple[Callable[..., torch.Tensor], ...] = (in_one_kernel, text_by_text)  # the fastest first
+left_out: set[Callable[..., torch.Tensor]] = set()  # those that failed this process's check, see `find_way`
+
+
+def ways(device: torch.device) -> list[Callable[..., torch.Tensor]]:
+    """The ways to attend that are left on a device, the fastest first; kernels are compiled from Ampere on."""
+    compiles = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return [way for way in WAYS if way not in left_out and (compiles or way is not in_one_kernel)]
+
+
+def find_way(device: torch.device, attempt: Callable[[], str]) -> str:
+    """Try the ways in turn until `attempt` neither fails nor returns a problem; returns the last problem, "" if none.
+
+    `attempt` runs a model. The ways that it failed with are left out from then on, and a line says so: a kernel may
+    ask for more shared memory than the GPU has, for one. A RecipeError, which is about the model, ends the search.
+    """
+    left_out.clear()
+    while True:
+        try:
+            problem = attempt()
+        except RecipeError as error:
+            return str(error)
+        except Exception as error:  # whatever a compiler, a driver or the memory has to say
+            problem = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        attend, *others = ways(device)
+        if not (problem and others):
+            return problem
+        left_out.add(attend)
+        print(f"the compiled attention fails on this GPU ({problem}): each text is computed by itself, which is slower")
+
+
+def kernel_options(width: int, shared_memory: int) -> dict[str, Any]:
+    """The options of `in_one_kernel` for heads of this width, where a block may have so many bytes of shared memory.
+
+    benchmarks/attention_memory.py measures what the kernels ask for; benchmarks/results/attention.md holds its table.
+    """
+    # Left to itself, torch takes another kernel for fewer than 128 tokens, which does not fit every model's heads.
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if width <= 128:
+        return options  # torch's own choice fits
+    if width <= 256:  # fits an A10, L4 and G4, too, and is faster than torch's own on an H200
+        blocks = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
+        return options | {"fwd_num_stages": 2, **blocks, "bwd_num_stages": 2}
+    options["fwd_num_stages"] = 2  # with torch's own three not even an H200 has enough
+    if shared_memory < 136 * 1024:  # A10, L4, G4
+        options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32}
+    return options
 
 
 @lru_cache(maxsize=4)

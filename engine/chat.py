@@ -15,18 +15,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine import files, models
-from helpers import Example, RecipeError, check_text, encode, parse_row, read_pair
+from engine.reading import check_text, read_pair
+from helpers import Example, RecipeError, encode, parse_row
 
 Turns = Sequence[Mapping[str, str]]  # role ("system", "user" or "assistant") and content
 
 
 def load(name: str, revision: str = "") -> list[Turns]:
-    """The conversations of a data set, whatever its form; RecipeError names the row that holds none, or no text."""
+    """The conversations of a data set, whatever its form, with the system text of a column `system`; RecipeError names
+    the row that holds none, or no text.
+    """
     chats = []
     for place, row in files.read_rows(name, revision):
         parsed = parse_row(row)
         read_pair(place, parsed)  # says what is wrong with it
         texts = [{"role": turn["role"], "content": turn.get("content")} for turn in parsed.turns]
+        if row.get("system") and not any(turn["role"] == "system" for turn in texts):
+            texts.insert(0, {"role": "system", "content": row["system"]})
         for number, turn in enumerate(texts, start=1):
             turn["content"] = check_text(f"{place}: turn {number}", turn["content"], or_number=True)
         chats.append(texts)

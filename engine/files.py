@@ -1,166 +1,62 @@
-"""Any file to rows with their place; JSON written whole or not at all; hashes of contents."""
+"""Data sets to rows, pairs and tasks; JSON written whole or not at all; hashes of contents."""
 
 from __future__ import annotations
 
 import base64
-import codecs
-import csv
 import hashlib
-import io
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from helpers import FilterRules, Parsed, RecipeError, check_text, first_line, parse_row, read_pair
-
-# The first bytes of files that are often taken for JSON Lines, and what to do about them.
-NOT_ROWS = {
-    (b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0"): "it is UTF-16 text; save it as UTF-8",
-    (b"PK\x03\x04",): "it is a zip archive or an Excel file; unpack it, or save the table as CSV",
-    (b"BZh", b"\xfd7zXZ"): "it is compressed with bzip2 or xz; unpack it",
-    (b"version https://git-lfs",): "it is only the Git LFS pointer to a file; run `git lfs pull`",
-    (b"<",): "it is a web page or XML; fetch the file itself",
-    (b"{\n", b"{\r"): "one JSON object over several lines; write one object per line, or a list of objects",
-}
+from engine import folders, reading
+from engine.reading import check_text, read_pair
+from helpers import Parsed, RecipeError, parse_row
 
 
-def advise(head: bytes, line: bytes) -> str:
-    """What a file that begins with `head`, and whose `line` cannot be read as UTF-8 JSON, seems to be; what to do."""
-    for first_bytes, advice in NOT_ROWS.items():
-        if head.startswith(first_bytes):
-            return advice
-    with suppress(UnicodeDecodeError):
-        line.decode()
-        return "correct or delete the line"
-    for encoding in ("euc_jp", "cp932"):  # text in cp932 is next to never valid EUC-JP
-        with suppress(UnicodeDecodeError):
-            if re.search("[ぁ-んァ-ヶ一-龠]", line.decode(encoding)):
-                return f"it looks like text in {encoding}; save it as UTF-8 (`iconv -f {encoding} -t UTF-8`)"
-    return "correct or delete the line, or save the file as UTF-8"
+def read_rows(
+    name: str, revision: str = "", max_rows: int = 0, for_tasks: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of a data set with its place; of a folder or hub repository it is printed what was read.
 
-
-def parse_json(where: str, head: bytes, text: bytes) -> Any:
-    """The JSON value in `text`; RecipeError, beginning with `where`, says what is wrong with it (see `advise`)."""
-    try:  # half a surrogate pair stays what it is: the filter names it
-        return json.loads(text.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass"))
-    except ValueError as error:
-        raise RecipeError(f"{where}: not valid JSON ({str(error)[:120]}); {advise(head, text)}") from None
-    except RecursionError:
-        raise RecipeError(f"{where}: nested too deeply to be read; delete the column or the line") from None
-
-
-def read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each row of a file (see `load_rows`) with its place ("rows.jsonl, line 7"); RecipeError names the place.
-
-    Packed files, Parquet and arrays are known by their first bytes, CSV and TSV by their names (also `.csv.gz`).
+    RecipeError if there is no row.
     """
-    from pyarrow import ArrowException, input_stream
-
-    table = re.search(r"\.(csv|tsv)\b", path.name.lower())
-    try:
-        with open(path, "rb") as file:
-            packed = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
-        with io.BufferedReader(input_stream(str(path), compression=packed), 2**20) as file:
-            head = file.peek(64)[:64]
-            if head.startswith(b"PAR1"):
-                from datasets import Dataset
-                from pyarrow.parquet import read_table
-
-                rows = Dataset(read_table(path)).to_list()  # turns columns stored as JSON text into values
-            elif table:
-                rows = read_csv(path, io.TextIOWrapper(file, "utf-8-sig", newline=""), ",\t"[table[1] == "tsv"])
-            elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                rows = parse_json(str(path), head, file.read())
-            else:
-                for number, line in enumerate(file, start=1):
-                    if line.removeprefix(codecs.BOM_UTF8).strip():  # each line may begin with a byte order mark
-                        place = f"{path}, line {number}"
-                        yield place, parse_json(place, head, line)
-                return
-        yield from ((f"{path}, row {count}", row) for count, row in enumerate(rows, start=1))
-    except RecipeError:
-        raise
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text; {advise(head, error.object)}") from None
-    except (OSError, ArrowException, ValueError) as error:  # half a file
-        raise RecipeError(f"{path}: cannot be read ({first_line(error)}); fetch it again or write it anew") from None
-
-
-def read_csv(path: Path, file: IO[str], delimiter: str) -> list[dict[str, Any]]:
-    """The rows of a table with a header. All cells are text, but a column of whole numbers becomes numbers."""
-    csv.field_size_limit(sys.maxsize)
-    table, rows = csv.DictReader(file, delimiter=delimiter, strict=True), []
-    try:
-        for row in table:
-            if None in row or None in row.values():  # a cell too many, or too few
-                problem = f"not {len(table.fieldnames)} cells as in the header; put cells with commas into quotes"
-                raise RecipeError(f"{path}, line {table.line_num}: {problem}")
-            rows.append(row)
-    except csv.Error as error:
-        raise RecipeError(f"{path}, line {table.line_num}: not valid CSV ({error}); correct the line") from None
-    header = table.fieldnames or []
-    if len(set(header)) < len(header):
-        raise RecipeError(f"{path}: two columns have the same name; the header is {header}")
-    for column in header:
-        if all(re.fullmatch("0|-?[1-9][0-9]{0,17}", row[column]) for row in rows):
-            rows = [{**row, column: int(row[column])} for row in rows]
-    return rows
-
-
-KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
-
-
-def check_hub_id(name: str) -> None:
-    """RecipeError if `name`, which is neither a file nor a folder here, cannot be a hub repository either."""
-    if name.count("/") != 1 or name[0] in "./~" or Path(name).suffix[1:] in (*KINDS, "gz", "zst"):
-        raise RecipeError(
-            f"{name}: no such file or folder, and no hub repository (owner/name); relative paths start at the "
-            "repository's root"
-        )
-
-
-def data_files(name: str, revision: str = "") -> list[Path]:
-    """The files of a data set: `name` itself, or the split "train" (else the first) of a folder or hub repository."""
-    path = Path(name)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        check_hub_id(name)
-    from datasets import load_dataset_builder
-    from huggingface_hub import snapshot_download
-
-    try:
-        if not path.is_dir():
-            patterns = [f"*.{kind}{packed}" for kind in KINDS for packed in ("", ".gz", ".zst")]
-            wanted = {"revision": revision or None, "allow_patterns": ["README.md", *patterns]}
-            path = Path(snapshot_download(name, repo_type="dataset", **wanted))
-        splits = load_dataset_builder(str(path)).config.data_files
-        return [Path(file) for file in splits.get("train") or next(iter(splits.values()))]
-    except Exception as error:
-        raise RecipeError(
-            f"{name}: the data set cannot be read ({first_line(error)}); check the name and, for a hub data set, the "
-            "network and the secret HF_TOKEN (if it is private); or name a single local file"
-        ) from None
-
-
-def read_rows(name: str, revision: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row of a data set with its place; RecipeError if there is none."""
-    row = None
-    for path in data_files(name, revision):
-        for place, row in read_file(path):
+    selection, counts = folders.select(name, revision, for_tasks), {}
+    for path in selection.files:
+        counts[path] = 0
+        for place, row in islice(reading.read_file(path), max_rows - sum(counts.values()) if max_rows else None):
             if not isinstance(row, dict):
                 raise RecipeError(f"{place}: expected a JSON object, found {type(row).__name__}")
+            counts[path] += 1
             yield place, row
-    if row is None:
+        if max_rows and sum(counts.values()) >= max_rows:
+            break
+    if not sum(counts.values()):
         raise RecipeError(f"{name}: the data set holds no rows; was the step that writes it interrupted?")
+    print_selection(name, selection, counts)
+
+
+def print_selection(name: str, selection: folders.Selection, counts: Mapping[Path, int]) -> None:
+    """Say which files of a folder or hub repository were read, with their rows, and which were not."""
+    if selection.folder is None:
+        return
+    place = {path: path.relative_to(selection.folder).as_posix() for path in selection.files}
+    each = folders.shorten([f"{place[path]} ({count:,})" for path, count in counts.items()])
+    files = f"{len(counts):,} file{'s' if len(counts) > 1 else ''}"
+    part = f" of {selection.part}" if selection.part else ""
+    print(f"{name}: {sum(counts.values()):,} rows{part} read from {files}: {each}")
+    if empty := [place[path] for path, count in counts.items() if not count]:
+        print(f"{name}: files without rows: {', '.join(empty)}")
+    left_out = [*selection.left_out]
+    if beyond := list(place.values())[len(counts) :]:
+        left_out.append(f"beyond max_rows: {folders.shorten(beyond)}")
+    if left_out:
+        print(f"{name}: not read: {'; '.join(left_out)}")
 
 
 def load_rows(name: str | Path, revision: str = "", max_rows: int = 0) -> list[dict[str, Any]]:
@@ -168,7 +64,7 @@ def load_rows(name: str | Path, revision: str = "", max_rows: int = 0) -> list[d
     of such files, or a hub repository at the commit, tag or branch `revision`. `max_rows` 0 means all rows. RecipeError
     names the file and the line or row that cannot be read; an empty data set is an error, too.
     """
-    return [row for _, row in islice(read_rows(str(name), revision), max_rows or None)]
+    return [row for _, row in read_rows(str(name), revision, max_rows)]
 
 
 def load_pairs(name: str, revision: str = "") -> list[dict[str, str]]:
@@ -210,7 +106,7 @@ def load_tasks(name: str) -> list[dict[str, Any]]:
     a list of them, all right), and `eval_aspect`. RecipeError names the row of what is no text or a repeated task_id.
     """
     tasks, forms, first = [], Counter(), {}
-    for position, (place, row) in enumerate(read_rows(name)):
+    for position, (place, row) in enumerate(read_rows(name, for_tasks=True)):
         form, question, answer = read_pair(place, parse_row(row, columns_first=True), need_answer=False)
         forms[form] += 1
         task_id = row.get("task_id", position)
@@ -231,20 +127,6 @@ def load_tasks(name: str) -> list[dict[str, Any]]:
         tasks.append(task)
     print_forms(name, forms)
     return tasks
-
-
-def load_rules(path: str | Path) -> FilterRules:
-    """The rules in a JSON file with all fields of FilterRules and perhaps `source`; RecipeError names the file."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        values.pop("source", None)
-        known = [field.name for field in fields(FilterRules)]
-        if keys := values.keys() ^ set(known):
-            raise RecipeError(f"unknown or missing key {', '.join(sorted(keys))}; its keys are {', '.join(known)}")
-        return FilterRules(**values)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        problem = error if isinstance(error, RecipeError) else f"it holds no rules ({first_line(error)})"
-        raise RecipeError(f"{path}: {problem}") from None
 
 
 def save_filtered(
@@ -312,14 +194,19 @@ def sha256(path: str | Path) -> str:
 def hashes(product: str | Path) -> dict[str, str]:
     """SHA-256 of a file, or of every file below a folder, by relative path.
 
-    Left out are records and cards, hidden files, the litter of systems, and files not written to their end.
+    Left out are records, hidden files, system files, files not written to their end, and cards but for the
+    configurations that they list: these decide which files are rows.
     """
     product = Path(product)
     if product.is_file():
         return {product.name: sha256(product)}
     left_out = re.compile(r"(^|/)(\.|(record\.json|readme\.md|thumbs\.db|desktop\.ini)$)|\.part$", re.IGNORECASE)
-    files = {path.relative_to(product).as_posix(): path for path in sorted(product.rglob("*")) if path.is_file()}
-    return {name: sha256(path) for name, path in files.items() if not left_out.search(name)}
+    names = folders.list_files(product) if product.is_dir() else []
+    found = {name: sha256(product / name) for name in names if not left_out.search(name)}
+    with suppress(RecipeError):  # it is said where the rows are read
+        if configs := folders.read_card(product):
+            found["README.md, configs"] = hashlib.sha256(json_text(configs).encode()).hexdigest()
+    return found
 
 
 def append_row(path: str | Path, row: Mapping[str, Any]) -> None:

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from helpers import ANY_TEXT, MANY, SWITCH, RecipeError, Text, wrong_values
+from helpers import RecipeError
 
-NAME = Text(r"(?![~\s]).*\S", "the name of a file, a folder or a hub repository, without ~ and spaces at its ends")
+
+class Text(NamedTuple):
+    """Text that `pattern` matches as a whole; `words` say the same to a reader."""
+
+    pattern: str
+    words: str
+
+
+ANY_TEXT = Text(r".*", "text on one line")
+MANY, SWITCH = 10**9, [True, False]
+
+
+def wrong_values(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
+    """The `values` that a table such as PARAMETERS does not allow: name and what it must be."""
+    wrong = {}
+    for name, allowed in table.items():
+        value = values.get(name, ...)
+        if isinstance(allowed, Text):
+            fits, words = isinstance(value, str) and re.fullmatch(allowed.pattern, value), allowed.words
+        elif isinstance(allowed, range):
+            fits = type(value) is int and value in allowed
+            words = f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
+        elif isinstance(allowed, tuple):
+            fits = type(value) in (int, float) and allowed[0] <= value <= allowed[1]  # never true for nan
+            words = f"a number from {allowed[0]:g} to {allowed[1]:,g}"
+        else:
+            fits = type(value) is type(allowed[0]) and value in allowed  # True is not 1 here
+            words = " or ".join(map(repr, allowed))
+        if name in values and not fits:
+            wrong[name] = words
+    return wrong
+
+
+NAME = Text(
+    r"(?![~\s])[^\0-\x1f\x7f]+(?<!\s)",
+    "the name of a file, a folder or a hub repository, without ~ and spaces at its ends",
+)
 NAME_OR_EMPTY = Text(f"({NAME.pattern})?", f"empty or {NAME.words}")
-
+NAMES = (NAME, NAME_OR_EMPTY)
 
 # What each parameter may be: text, a whole number of a range, a real number from a smallest to a largest value, or a
 # choice from a list. The upper limits catch slips of the hand.
@@ -54,10 +91,13 @@ def check(values: Mapping[str, Any], section: str = "") -> None:
     """
     problems = []
     for name, words in wrong_values(values, ALLOWED).items():
-        value, allowed, quoted = values[name], ALLOWED[name], ""
-        if not isinstance(value, str) and (isinstance(allowed, Text) or isinstance(allowed[0], str)):
-            text = "" if value is None else value
-            quoted = f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
-        problems.append(f"{section}{name} must be {words}{quoted}; it is {value!r}")
+        value, allowed, remedy = values[name], ALLOWED[name], ""
+        if isinstance(value, list | tuple | dict | set):
+            remedy = " (for several files: name the folder that holds them)" if allowed in NAMES else ", one alone"
+        elif not isinstance(value, str):
+            text = "" if value is None else str(value)
+            if not wrong_values({name: text}, {name: allowed}):  # the advice must work
+                remedy = f', in quotes (run file: `{name}: "{text}"`, papermill: `-r {name} "{text}"`)'
+        problems.append(f"{section}{name} must be {words}{remedy}; it is {value!r}")
     if problems:
         raise RecipeError("; ".join(problems))

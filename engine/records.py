@@ -22,7 +22,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData, ModelCardData
 
-from engine import files, forms, hub, machine
+from engine import files, folders, forms, hub, machine
 from helpers import ROOMS, RecipeError, digest, first_line, shown
 
 CODE = Path(__file__).resolve().parent.parent  # where helpers.py lies
@@ -141,11 +141,22 @@ def check(product: str | Path, finished: bool = False) -> dict[str, Any]:
 def data_source(name: str, revision: str = "", finished: bool = False) -> dict[str, Any]:
     """The source (see Records) of a data set: a local file or folder, which counts as your own, or a hub data set.
 
-    RecipeError for a hub data set whose card cannot be read, and what `check` raises.
+    Of `NAME:CHOICE` (see engine/folders.py) the choice is `chosen`, and part of the identity. RecipeError for a hub
+    data set whose card cannot be read, and what `check` raises.
     """
-    if finished or Path(name).exists():
-        return _source(name, "", check(name, finished), {"licence": OWN_DATA})
-    files.check_hub_id(name)
+    base, choices = (name, []) if finished else folders.parse_name(name)
+    source = _local_data(base, finished) if finished or os.path.exists(base) else _hub_data(base, revision)
+    if choices:
+        source |= {"sha256": digest([identity(source), choices]), "chosen": ":".join(choices)}
+    return source
+
+
+def _local_data(name: str, finished: bool) -> dict[str, Any]:
+    return _source(name, "", check(name, finished), {"licence": OWN_DATA})
+
+
+def _hub_data(name: str, revision: str) -> dict[str, Any]:
+    folders.check_hub_id(name)
     try:
         commit = hub.find_dataset(name, revision)
         card = {"licence": "unknown"} | hub.card_licence(name, commit, "dataset")
@@ -266,7 +277,7 @@ def _card(data: Any, title: str, record: Mapping[str, Any], facts: Mapping[str, 
     """A card: front matter, title, and a table of the origins, the settings, the versions and more `facts`."""
     rows = {}
     for role, source in origins(record["inputs"]).items():
-        rows[role.replace("_", " ")] = ", ".join(filter(None, map(source.get, ("name", "commit", "licence"))))
+        rows[role.replace("_", " ")] = ", ".join(filter(None, map(source.get, ("name", "chosen", "commit", "licence"))))
     for part in ("settings", "versions"):
         values = {name: value for name, value in record[part].items() if value != "" and name not in ("texts", "lists")}
         rows[part] = ", ".join(f"{name} {value}" for name, value in values.items())

@@ -11,7 +11,6 @@ from transformers import AttentionInterface
 
 from engine import attention, models
 from engine.decoding import Decoding, Model, apply_rules, in_batches
-from helpers import RecipeError
 
 
 def slot_attention(
@@ -152,22 +151,20 @@ def scores_agree(model: Model, prompt: Sequence[int], steps: int = 4) -> bool:
     If not, a line says why. Long prompts are cut to 1,024 tokens: eager attention holds the scores of all pairs.
     """
     ids = torch.tensor([prompt[:1024]], device=model.device)
-    decoder = None
-    try:
-        with torch.no_grad():
-            expected = model(ids, use_cache=False, logits_to_keep=steps + 1).logits[0]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False, logits_to_keep=steps + 1).logits[0]
+
+    def attempt() -> str:
         decoder = Decoder(model, 1, ids.shape[1])
-        found = [decoder.read_prompt(0, ids[0, :-steps].tolist()).clone()]
-        found += [decoder.decode(token[None]).clone() for token in ids[0, -steps:]]
-        problem = (
-            "" if attention.scores_agree(torch.cat(found), expected) else "slots give other scores than the model alone"
-        )
-    except RecipeError as error:
-        problem = str(error)
-    finally:
-        if decoder:
+        try:
+            found = [decoder.read_prompt(0, ids[0, :-steps].tolist()).clone()]
+            found += [decoder.decode(token[None]).clone() for token in ids[0, -steps:]]
+        finally:
             decoder.close()
-    if problem:
+        agree = attention.scores_agree(torch.cat(found), expected)
+        return "" if agree else "slots give other scores than the model alone"
+
+    if problem := attention.find_way(model.device, attempt):
         print(f"{problem}: the model answers with its own generate(), in batches")
     return not problem
 

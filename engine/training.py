@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.utils.notebook import NotebookProgressCallback
 
-from engine import attention, lora, records
+from engine import attention, formats, lora, records
 from engine.kept_layers import KeptLayers
-from helpers import RecipeError, encode, even_rows
+from helpers import RecipeError, encode
 
 
 def check_control_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[int]]) -> None:
@@ -175,28 +175,66 @@ def paused(model: PreTrainedModel | PeftModel, engine: str) -> Iterator[None]:
 
 
 def try_without_padding(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> bool:
-    """Give a freshly loaded model `attention.packed`, if a row of these `texts` (token ids) scores each as alone.
+    """Give a freshly loaded model `attention.packed`, if a row of these `texts` (token ids) has the scores and
+    gradients that each has alone.
 
     Otherwise it keeps eager attention, and a line says why its rows have to be padded.
     """
     AttentionInterface.register("examples", attention.packed)
-    config, problem = model.config.get_text_config(), ""
+    config = model.config.get_text_config()
     rows = [torch.tensor([ids[:256]], device=model.device) for ids in texts]
     positions = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
-    try:
+    alone = [torch.cat(parts, dim=1) for parts in zip(*(scores_and_gradients(model, row) for row in rows), strict=True)]
+
+    def attempt() -> str:
         attention.check_known(config)
-        with torch.no_grad():
-            alone = torch.cat([model(row, use_cache=False).logits for row in rows], dim=1)
-            config._attn_implementation = "examples"
-            together = model(torch.cat(rows, dim=1), position_ids=positions, use_cache=False).logits
-        if not attention.scores_agree(together, alone):
-            problem = "a row without padding gives other scores than its texts alone"
-    except RecipeError as error:
-        problem = str(error)
-    if problem:
+        config._attn_implementation = "examples"
+        scores, gradients = scores_and_gradients(model, torch.cat(rows, dim=1), positions)
+        if not attention.scores_agree(scores, alone[0]):
+            return "a row without padding gives other scores than its texts alone"
+        if not gradients_agree(gradients, alone[1]):
+            return "a row without padding gives other gradients than its texts alone"
+        return ""
+
+    if problem := attention.find_way(model.device, attempt):
         config._attn_implementation = "eager"
         print(f"{problem}: texts are padded instead, with transformers' own eager attention")
     return not problem
+
+
+def scores_and_gradients(
+    model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of a row of token ids (1, tokens, vocabulary), and the gradients of its embeddings (1, tokens, width)
+    when every token shall predict itself: so no text has a part in another's.
+    """
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with torch.enable_grad():
+        scores = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(scores[0].float(), ids[0], reduction="sum")
+        (gradients,) = torch.autograd.grad(loss, embeddings)
+    return scores.detach(), gradients
+
+
+def gradients_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors of gradients differ by rounding only: by less than a hundredth of their norm, in 16 bit by
+    less than half of it.
+    """
+    limit = 1e-2 if found.dtype == torch.float32 else 0.5
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).norm() <= limit * expected.norm())
+
+
+def even_rows(texts: Sequence[int], lengths: Sequence[int], texts_per_row: int) -> list[list[int]]:
+    """Deal `texts` (their numbers) out to rows of nearly the same length: the longest first, each to the shortest row.
+
+    `lengths[number]` is a text's length in tokens; no row gets more than `texts_per_row` texts.
+    """
+    rows: list[list[int]] = [[] for _ in range(-(-len(texts) // texts_per_row))]
+    for text in sorted(texts, key=lambda text: lengths[text], reverse=True):
+        open_rows = [row for row in rows if len(row) < texts_per_row]
+        min(open_rows, key=lambda row: sum(lengths[other] for other in row)).append(text)
+    return rows
 
 
 class EvenRows(torch.utils.data.Sampler):
@@ -265,8 +303,13 @@ def out_of_memory(batch_size: int, accumulation: int) -> RecipeError:
     return RecipeError(f"the GPU's memory is full: {advice}, restart the runtime and run the notebook again")
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str) -> None:
-    """Save the adapter in 16 bit, and its tokenizer; the folder counts as unfinished until its record is written."""
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str, text_format: str
+) -> None:
+    """Save the adapter in 16 bit, and its tokenizer with a chat template that asks in `text_format` (see `formats`).
+
+    The folder counts as unfinished until its record is written.
+    """
     records.begin(folder)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -275,7 +318,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: s
         if isinstance(config.target_modules, set):  # written in another order each time, it would be another adapter
             config.target_modules = sorted(config.target_modules)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    formats.save_tokenizer(tokenizer, folder, text_format)
 
 
 def metrics(trainer: Trainer) -> dict[str, Any]:

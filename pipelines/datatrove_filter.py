@@ -53,7 +53,15 @@ class Stage(PipelineStep):
         for index in files:
             texts = [helpers.row_texts(row, self.rules)[0] for row in self.read(index)]
             rows, counts = rows + len(texts), counts + helpers.count_characters(texts)
+            if self.rules.duplicates:
+                replaced = ({f: helpers.replace_strings(t, self.rules) for f, t in row.items()} for row in texts if row)
+                (self.parts / f"keys-{index:06}.bin").write_bytes(b"".join(set(map(helpers.row_key, replaced))))
         np.savez_compressed(self.parts / f"count-{rank:06}.npz", rows=rows, counts=counts)
+
+    def keys_before(self, index):
+        """The keys of all rows in earlier files."""
+        keys = b"".join(path.read_bytes() for path in sorted(self.parts.glob("keys-*.bin"))[:index])
+        return {keys[start : start + 16] for start in range(0, len(keys), 16)}
 
     def judge(self, rank, files):
         (_, counts), counts_after = self.total("count"), 0
@@ -61,7 +69,7 @@ class Stage(PipelineStep):
         for index in files:
             rows = self.read(index)
             texts_of = (helpers.row_texts(row, self.rules) for row in rows)
-            passed, dropped, _ = helpers.judge_rows(rows, texts_of, self.rules, rare)
+            passed, dropped, _ = helpers.judge_rows(rows, texts_of, self.rules, rare, self.keys_before(index))
             counts_after = counts_after + helpers.count_characters(texts for _, _, texts in passed)
             passed = [(number, row.row, texts) for number, row, texts in passed]
             helpers.files.write_jsonl(self.parts / f"judged-{index:06}.jsonl", [{"passed": passed, "dropped": dropped}])
@@ -88,7 +96,7 @@ class Stage(PipelineStep):
                         shutil.copyfileobj(file, joined)
         counted = [Counter(*helpers.files.load_rows(path)) for path in self.parts.glob("reasons-*.jsonl")]
         reasons = sum(counted, Counter())
-        report = helpers.filter_counts(self.total("count")[0], reasons.pop("kept", 0), reasons)
+        report = helpers.filter_counts(self.rules, self.total("count")[0], reasons.pop("kept", 0), reasons)
         helpers.files.write_json(self.output_dir / "filter_report.json", report)
 
 
@@ -100,7 +108,7 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     options, executor = parser.parse_args(), None
-    arguments = options.source, options.output_dir, helpers.files.load_rules(options.rules)
+    arguments = options.source, options.output_dir, helpers.rules.load(options.rules)
     if not Stage("", *arguments).files:
         parser.error(f"{options.source}: no folder with .jsonl, .jsonl.gz or .parquet files")
     for name, tasks in {**dict.fromkeys(("count", "judge", "write"), options.tasks), "join": 1}.items():

@@ -3,6 +3,7 @@
 import families
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 from transformers import (
     AttentionInterface,
     Gemma2Config,
@@ -104,3 +105,117 @@ def attention_of(states, positions, softcap, device):
     options = {"scaling": query.shape[3] ** -0.5, "softcap": softcap, "sliding_window": 64}
     options |= {"position_ids": positions.to(device)}
     return helpers.attention.packed(None, query, key, value, None, **options)[0].cpu()
+
+
+def too_large(*_):
+    """What torch's compiler and Triton raise for a kernel that asks for more shared memory than a GPU has."""
+    raise InductorError(RuntimeError("No valid triton configs. out of resource: Required: 151552"), None)
+
+
+def full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def wrong(query, *_):
+    return torch.zeros_like(query)
+
+
+class WrongGradient(torch.autograd.Function):
+    """Right forwards; backwards the gradient is that of something else."""
+
+    @staticmethod
+    def forward(ctx, states):
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -20 * gradient
+
+
+def wrong_backwards(*arguments):
+    return WrongGradient.apply(helpers.attention.text_by_text(*arguments))
+
+
+def fails_backwards(*arguments):
+    result = helpers.attention.text_by_text(*arguments)
+    if result.requires_grad:
+        result.register_hook(too_large)
+    return result
+
+
+CALLABLES = [too_large, full, wrong]
+SAID = {too_large: "InductorError", full: "OutOfMemoryError", wrong: "other scores"}
+
+
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """Puts a function in the place of the compiled attention."""
+    yield lambda attend: monkeypatch.setattr(helpers.attention, "WAYS", (attend, helpers.attention.text_by_text))
+    helpers.attention.left_out.clear()
+
+
+@pytest.mark.parametrize("attend", [*CALLABLES, wrong_backwards, fails_backwards])
+def test_an_attention_that_fails_gives_way_to_the_next_one_in_training(model, compiled_by, capsys, attend):
+    said = SAID | {wrong_backwards: "other gradients", fails_backwards: "InductorError"}
+    compiled_by(attend)
+    texts = [torch.randint(4, 512, (length,)).tolist() for length in LENGTHS[:2]]
+    assert helpers.training.try_without_padding(model, texts)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert said[attend] in line and line.endswith("each text is computed by itself, which is slower")
+    assert helpers.attention.ways(model.device) == [helpers.attention.text_by_text]
+    assert model.config._attn_implementation == "examples"
+
+
+@pytest.mark.parametrize("attend", CALLABLES)
+def test_an_attention_that_fails_gives_way_to_the_next_one_in_slots(model, compiled_by, capsys, attend):
+    compiled_by(attend)
+    assert helpers.slots.scores_agree(model, torch.randint(4, 512, (60,)).tolist())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert SAID[attend] in line
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("attend", CALLABLES)
+def test_where_every_attention_fails_the_model_keeps_its_own(model, monkeypatch, capsys, attend):
+    monkeypatch.setattr(helpers.attention, "WAYS", (attend,))
+    ids = torch.randint(4, 512, (60,)).tolist()
+    assert not helpers.training.try_without_padding(model, [ids, ids[:20]])
+    assert not helpers.slots.scores_agree(model, ids)
+    padded, batches = capsys.readouterr().out.splitlines()
+    assert SAID[attend] in padded and "texts are padded" in padded
+    assert (SAID[attend] in batches or "slots give other scores" in batches) and "in batches" in batches
+    assert model.config._attn_implementation == "eager"
+
+
+def test_options_follow_the_width_of_the_heads_and_the_card():
+    """Up to 128 torch's own, as ever; above, those whose kernels fit (benchmarks/results/attention.md)."""
+    t4, l4, a100, h200 = 65536, 101376, 166912, 232448
+    options = helpers.attention.kernel_options
+    for card in (t4, l4, a100, h200):
+        assert options(64, card) == options(128, card) == {"BACKEND": "TRITON"}
+        assert options(256, card)["fwd_num_stages"] == options(256, card)["bwd_num_stages"] == 2
+    assert options(512, h200) == options(512, a100) == {"BACKEND": "TRITON", "fwd_num_stages": 2}
+    assert options(512, l4)["fwd_BLOCK_M"] == options(512, l4)["fwd_BLOCK_N"] == 32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("card", [101376, 166912, 232448])
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("heads, key_heads, width", [(8, 4, 64), (8, 4, 128), (4, 1, 256), (4, 2, 512)])
+def test_options_of_other_cards_give_the_outputs_and_gradients_of_text_by_text(
+    monkeypatch, heads, key_heads, width, softcap, card
+):
+    """Forced on this GPU, in bfloat16, against float32."""
+    options = helpers.attention.kernel_options(width, card)
+    monkeypatch.setattr(helpers.attention, "kernel_options", lambda *_: options)
+    position_ids = torch.cat([torch.arange(length) for length in (150, 9, 170)])[None].cuda()
+    draw, tokens = torch.Generator().manual_seed(0), position_ids.shape[1]
+    states = [torch.randn(1, n, tokens, width, generator=draw).cuda() for n in (heads, key_heads, key_heads, heads)]
+    found = []
+    room = helpers.attention
+    for attend, dtype in ((room.text_by_text, torch.float32), (room.in_one_kernel, torch.bfloat16)):
+        query, key, value = (state.detach().to(dtype).requires_grad_() for state in states[:3])
+        result = attend(query, key, value, position_ids, width**-0.5, softcap, 64)
+        found.append([result, *torch.autograd.grad(result, (query, key, value), states[3].to(dtype))])
+    for expected, here in zip(*found, strict=True):
+        assert (here.float() - expected).norm() < 0.02 * expected.norm()

@@ -34,10 +34,8 @@ def test_replacements_are_those_of_2024():
 
 def test_the_reviewed_lists_change_only_on_purpose():
     reviewed = json.loads((DATA / "filter_rules_reviewed.json").read_text(encoding="utf-8"))
-    assert sha256_of_list(reviewed["ng"]) == "cdc00129542dff82419b95c66c5c09dae55217913b417aeb47f0d41fb757fc62"
-    assert (
-        sha256_of_list(reviewed["replacements"]) == "e84a0d07cea8b9ef82837e3a583459df73c89b8f2067a14d9f4744ee98a30ffe"
-    )
+    hashes = {name: sha256_of_list(reviewed[name])[:16] for name in ("ng", "replacements")}
+    assert hashes == {"ng": "5119be7a5b92a114", "replacements": "e84a0d07cea8b9ef"}
 
 
 def read_jsonl(name: str) -> list[dict]:

@@ -3,12 +3,11 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import unicodedata
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pycld2
@@ -27,8 +26,10 @@ RULES_FILE = ROOT / "data/filter_rules_2024.json"
 RULES_2024 = json.loads(RULES_FILE.read_text(encoding="utf-8"))
 REVIEWED = json.loads((ROOT / "data/filter_rules_reviewed.json").read_text(encoding="utf-8"))
 SAMPLE = ROOT / "data/sample/magpie.jsonl"
+QUESTION = "週末は何をしましたか。どこかに出かけたのなら、そのときのことを教えてください。"
 JAPANESE = "これは日本語の文章です。今日は天気がよいので、散歩に行きました。"
-SWITCHES = ("all_turns", "clean_conversations", "compose_kana", "plain_text", "cp932_only")
+SWITCHES = ("all_turns", "clean_conversations", "plain_looks", "plain_text", "script_decides", "loops", "echoes")
+SWITCHES += ("duplicates", "japanese_characters")
 LENIENT = {"rare_below": 0, "rare_after_below": 0}  # the rare rules are off where a test is about something else
 
 
@@ -50,8 +51,8 @@ class Result:
         max_rows = values.pop("max_rows", 0)
         (folder / "rules.json").write_text(json.dumps({**RULES_2024, **(rules or {}), **values}), encoding="utf-8")
         source = rows if isinstance(rows, Path) else write(folder / "in.jsonl", rows)
-        given = helpers.files.load_rows(str(source), max_rows=max_rows)
-        kept, dropped, self.report = helpers.filter_rows(given, helpers.files.load_rules(folder / "rules.json"))
+        given = list(map(helpers.parse_row, helpers.files.load_rows(str(source), max_rows=max_rows)))
+        kept, dropped, self.report = helpers.filter_rows(given, helpers.rules.load(folder / "rules.json"))
         helpers.files.save_filtered(folder / "out", kept, dropped, self.report)
         self.bytes = (folder / "out/filtered_magpie.jsonl").read_bytes()
         self.kept = [json.loads(line) for line in self.bytes.splitlines()]
@@ -126,7 +127,8 @@ def test_every_ng_string_is_found_however_they_overlap(text, ng):
 
 
 def well_formed_sample() -> list[dict]:
-    return [row for row in helpers.files.load_rows(SAMPLE) if not helpers.row_texts(row, FilterRules((), ()))[1]]
+    rows = helpers.files.load_rows(SAMPLE)
+    return [row for row in rows if not helpers.row_texts(helpers.parse_row(row), FilterRules((), ()))[1]]
 
 
 def test_sample_is_filtered_as_in_2024(tmp_path):
@@ -165,10 +167,9 @@ def test_the_second_count_is_made_once_not_to_a_fixpoint(tmp_path):
     assert result.bytes == expected_bytes(rows)
 
 
-def test_on_few_rows_absolute_limits_drop_almost_everything_and_a_share_does_not(tmp_path):
+def test_on_few_rows_absolute_limits_drop_almost_everything(tmp_path):
     rows = well_formed_sample()
     assert len(Result(tmp_path, rows).kept) < 0.1 * len(rows)
-    assert len(Result(tmp_path, rows, rare_share=0.00015).kept) > 0.5 * len(rows)
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(18, 0), (19, 1)])
@@ -366,7 +367,7 @@ def test_unreadable_files_give_one_clear_line(tmp_path, name):
 def test_what_is_no_rules_file_is_refused(tmp_path, content):
     (tmp_path / "rules.json").write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(RecipeError, match=r"rules\.json: ") as error:
-        helpers.files.load_rules(tmp_path / "rules.json")
+        helpers.rules.load(tmp_path / "rules.json")
     assert "\n" not in str(error.value)
 
 
@@ -388,12 +389,10 @@ def test_what_is_no_rules_file_is_refused(tmp_path, content):
         ("rare_after_below", "10"),
         ("japanese_percent", 101),
         ("japanese_percent", 60.0),
-        ("rare_share", 2),
-        ("rare_share", float("nan")),
-        ("rare_share", -0.1),
-        ("compose_kana", 1),
+        ("plain_looks", 1),
         ("plain_text", "yes"),
-        ("cp932_also", ["–"]),
+        ("japanese_characters", 1),
+        ("characters_also", ["–"]),
         ("all_turns", "false"),
         ("rare_belov", 20),
     ],
@@ -401,36 +400,27 @@ def test_what_is_no_rules_file_is_refused(tmp_path, content):
 def test_wrong_values_in_a_rules_file_are_named(tmp_path, key, value):
     (tmp_path / "rules.json").write_text(json.dumps({**RULES_2024, key: value}), encoding="utf-8")
     with pytest.raises(RecipeError, match=rf"rules\.json: .*{key}") as error:
-        helpers.files.load_rules(tmp_path / "rules.json")
+        helpers.rules.load(tmp_path / "rules.json")
     assert "\n" not in str(error.value)
 
 
 def test_rules_files_hold_the_whole_filter():
-    old, new = helpers.files.load_rules(RULES_FILE), helpers.files.load_rules(ROOT / "data/filter_rules_reviewed.json")
+    old, new = helpers.rules.load(RULES_FILE), helpers.rules.load(ROOT / "data/filter_rules_reviewed.json")
     assert old == FilterRules(old.replacements, old.ng)  # the defaults are those of 2024
-    assert (*old.limits(1000), old.japanese_percent) == (20, 10, 60)
-    assert (*new.limits(1000), new.japanese_percent) == (0, 0, 60)
-    assert replace(old, rare_share=0.25).limits(1000) == (250, 0)  # a share takes the place of both counts
+    assert (old.rare_below, old.rare_after_below, old.japanese_percent) == (20, 10, 60)
+    assert (new.rare_below, new.rare_after_below, new.japanese_percent) == (0, 0, 60)
+    assert new.patterns and not old.patterns
     for rules, switch in ((old, False), (new, True)):
         assert {getattr(rules, name) for name in SWITCHES} == {switch}
 
 
-def test_rules_take_the_unicode_form_of_the_text():
-    decomposed = FilterRules((("か\u3099", "ほ\u309a"),), ("e\u0301",))
-    assert decomposed.ng == ("e\u0301",)
-    composed = replace(decomposed, compose_kana=True)
-    assert (composed.replacements, composed.ng) == ((("が", "ぽ"),), ("é",))
-    # A name's kanji in the rules is not turned into the ordinary one, which would drop every row with 神 or 塚.
-    assert replace(composed, ng=("\ufa19", "\ufa10", "\u212b")).ng == ("\ufa19", "\ufa10", "\u212b")
-
-
 def test_a_rules_file_saved_in_nfd_finds_text_in_nfc(tmp_path):
     rules = json.loads(unicodedata.normalize("NFD", json.dumps(REVIEWED, ensure_ascii=False)))
-    rules["ng"].append(unicodedata.normalize("NFD", "ボンジュール"))
-    assert rules["ng"] != [*REVIEWED["ng"], "ボンジュール"]
-    rows = [talk(JAPANESE, JAPANESE + tail) for tail in ("", "ドイツ語で", "ボンジュール", "é", "スライcingしました。")]
-    result = Result(tmp_path, rows, rules)
-    assert result.reasons == {n: ("ng string", m) for n, m in ((2, "ドイツ語で"), (3, "ボンジュール"), (4, "é"))}
+    # A name's kanji in the rules is not turned into the ordinary one, which would drop every row with 神 or 塚.
+    rules["ng"] += [unicodedata.normalize("NFD", "ボンジュール"), "\ufa19", "\ufa10"]
+    tails = ("", "ボンジュール", "éà", "スライcingしました。", "神と塚です。")
+    result = Result(tmp_path, [talk(QUESTION, JAPANESE + tail) for tail in tails], rules)
+    assert result.reasons == {2: ("ng string", "ボンジュール"), 3: ("foreign words", "é")}
     assert result.kept[1]["response"] == JAPANESE + "スライシングしました。"
 
 
@@ -441,8 +431,9 @@ import resource, signal, sys; sys.path.insert(0, sys.argv[1])
 import helpers
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process as soon as a file exceeds the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
-rules = helpers.files.load_rules(sys.argv[1] + "/data/filter_rules_reviewed.json")
-helpers.files.save_filtered(sys.argv[3], *helpers.filter_rows(helpers.files.load_rows(sys.argv[2]), rules))
+rules = helpers.rules.load(sys.argv[1] + "/data/filter_rules_reviewed.json")
+rows = list(map(helpers.parse_row, helpers.files.load_rows(sys.argv[2])))
+helpers.files.save_filtered(sys.argv[3], *helpers.filter_rows(rows, rules))
 """
 
 
@@ -464,7 +455,7 @@ def test_the_datatrove_pipeline_keeps_the_rows_of_the_notebook(tmp_path):
     (source / "0.jsonl").write_bytes(b"".join(lines[:70]))
     (source / "1.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[70:90])))
     (source / "2.jsonl").write_bytes(b"".join(lines[90:]))
-    alone = Result(tmp_path / "alone", SAMPLE, REVIEWED, rare_share=0.0, rare_below=3, rare_after_below=2)
+    alone = Result(tmp_path / "alone", SAMPLE, REVIEWED, rare_below=3, rare_after_below=2)
     script, rules = ROOT / "pipelines/datatrove_filter.py", tmp_path / "alone/rules.json"
     command = [sys.executable, script, source, tmp_path / "out", "--rules", rules, "--tasks", "2", "--workers", "2"]
     subprocess.run(command, check=True, capture_output=True)
@@ -475,26 +466,31 @@ def test_the_datatrove_pipeline_keeps_the_rows_of_the_notebook(tmp_path):
     assert sorted(map(json.dumps, dropped)) == sorted(json.dumps(record["row"]) for record in alone.dropped)
 
 
-# --- improved rules -------------------------------------------------------------------------------------------------
+# --- reviewed rules -------------------------------------------------------------------------------------------------
 
 
-def test_kana_are_composed(tmp_path):
-    rows = [talk(JAPANESE, JAPANESE + "か\u3099、ホ\u309a"), talk(JAPANESE, JAPANESE + "e\u0301")]
-    switches = dict.fromkeys(SWITCHES, True)
-    result = Result(tmp_path, rows, **LENIENT, **switches)
-    assert [row["response"] for row in result.kept] == [JAPANESE + "が、ポ"]
-    assert result.kept[0]["conversations"][1]["content"] == JAPANESE + "が、ポ"
-    assert result.reasons == {2: ("not cp932", "\u0301")}
+def judged(folder: Path, *answers: str, question: str = QUESTION, **values) -> dict[str, tuple[str, str]]:
+    """(reason, match) of each answer that the reviewed rules drop."""
+    result = Result(folder, [talk(question, answer) for answer in answers], REVIEWED, duplicates=False, **values)
+    return {answers[number - 1]: reason for number, reason in result.reasons.items()}
 
 
-@pytest.mark.parametrize("text", ["\ufa19社", "\ufa10本", "7000\u212b"])
-def test_composing_rewrites_nothing_but_kana(tmp_path, text):
-    assert unicodedata.normalize("NFC", text) != text  # name kanji and the sign of the ångström, which cp932 writes
-    row = talk(JAPANESE, JAPANESE + text)
-    result = Result(tmp_path, [row], REVIEWED)
-    assert [(kept["response"], kept["conversations"]) for kept in result.kept] == [
-        (JAPANESE + text, row["conversations"])
-    ]
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        ("か\u3099、ホ\u309a", "が、ポ"),
+        ("十\u00a0%、5\u202fkg、A\u2011B", "十 %、5 kg、A-B"),
+        ("日\u200b本\ufeff語\u2060です\u00ad", "日本語です"),
+        ("1\ufe0f\u20e3番、葛\U000e0100城", "1番、葛城"),
+        ("⽇本と⼈、類、𝐀社", "日本と人、類、A社"),
+        ("\uf0b7 項目", "・ 項目"),
+        ("\ufa19社、\ufa10本、7000\u212b", "\ufa19社、\ufa10本、7000\u212b"),  # cp932 writes them: names, a unit
+    ],
+)
+def test_what_only_looks_different_is_written_plainly(tmp_path, written, plain):
+    result = Result(tmp_path, [talk(QUESTION, JAPANESE + written)], REVIEWED)
+    assert [row["response"] for row in result.kept] == [JAPANESE + plain]
+    assert result.kept[0]["conversations"][1]["content"] == JAPANESE + plain
 
 
 HTML_TALK = "JavaScriptは<script>タグの中に書きます。<style>タグの中にはスタイルシートを書きます。"
@@ -506,9 +502,7 @@ def test_cld2_reads_plain_text_where_2024_read_html(tmp_path, text, in_2024, as_
     rows = [talk(JAPANESE, text)]
     plain = Result(tmp_path, rows, **LENIENT)
     assert len(plain.kept) == in_2024 and plain.bytes == expected_bytes(rows, **LENIENT)
-    result = Result(tmp_path, rows, REVIEWED)
-    assert len(result.kept) == as_plain_text
-    assert {reason for reason, _ in result.reasons.values()} <= {"not Japanese"}
+    assert len(Result(tmp_path, rows, **LENIENT, plain_text=True).kept) == as_plain_text
 
 
 def test_clean_conversations_corrects_every_turn(tmp_path):
@@ -518,48 +512,183 @@ def test_clean_conversations_corrects_every_turn(tmp_path):
     assert contents == [JAPANESE, JAPANESE + "スライシング", JAPANESE, "スライシング" + JAPANESE]
 
 
-def test_cp932_drops_foreign_characters_and_keeps_japanese_ones(tmp_path):
-    tails = ("〜①㈱髙♪ー", "们", "😊", "\u200b", "\ue000", "\uf8f0", "–", "頰")  # cp932 also writes private use
-    rows = [talk(JAPANESE, JAPANESE + tail) for tail in tails]
-    result = Result(tmp_path, rows, {"replacements": (), "ng": ()}, **LENIENT, cp932_only=True)
-    assert result.reasons == {n: ("not cp932", tail) for n, tail in enumerate(tails[1:], start=2)}
+SIGNS = "〜①㈱髙♪ー –—¥€£© m²H₂O ≈≤≥√∞ ′″ •⋯※ →⇒↔ ■▪△ ½⅓Ⅷ 𠮟剝塡頰鷗鮬濊 éÜñ ℃№™ ㎡ ✔✗ ㇷ゚"
 
 
-@pytest.mark.parametrize("text", ["1939–1945年", "——", "¥500", "𠮟る", "剝がす", "補塡", "頰", "森鷗外", "x ≥ 3"])
-def test_the_reviewed_rules_let_japanese_pass_that_cp932_lacks(tmp_path, text):
-    rows = [talk(JAPANESE, JAPANESE + text)]
-    assert Result(tmp_path, rows, REVIEWED).kept
-    assert Result(tmp_path, rows, REVIEWED, cp932_also="").dropped[0]["reason"] == "not cp932"
+@pytest.mark.parametrize("text", SIGNS.split(" "))
+def test_japanese_text_uses_more_than_cp932_writes(tmp_path, text):
+    assert judged(tmp_path, JAPANESE + "「" + text + "」") == {}
 
 
-@pytest.mark.parametrize("text", ["\ue000", "它", "很", "😊", "们", "ß", "```", "フランス語で答えて", "ドイツ語に"])
-def test_the_reviewed_rules_still_refuse(tmp_path, text):
-    assert not Result(tmp_path, [talk(JAPANESE, JAPANESE + text)], REVIEWED).kept
+@pytest.mark.parametrize("character", "们한ㅋﾡئขяД१٣〣ạə😊✅⭐❤㉠ㄏ\ue000\ufffd")
+def test_letters_and_digits_of_other_scripts_and_emoji_are_refused(tmp_path, character):
+    assert next(iter(judged(tmp_path, JAPANESE + character).values()))[0] in ("foreign character", "ng string")
 
 
-def test_rare_share_counts_rows_and_grows_with_the_data(tmp_path):
-    rules = {"replacements": (), "ng": ()}
-    for size, kept in ((100, 100), (1000, 998)):  # a limit of 0.3 rows, then of 3
-        rows = [talk(JAPANESE, JAPANESE + ("鰯" * 50 if n < 2 else "")) for n in range(size)]
-        assert len(Result(tmp_path, rows, rules, rare_share=0.003).kept) == kept
+SHORT = "赤 神道 夏目漱石 4年 1225km/h ２倍 26.98 NHK iPhone A300-600R H₂O ３，１５０ｍ −89.2°C 07月04日 はい ○ モモ"
+SHORT += " QWERTY配列 アサ 元寇 紀元前３世紀 咸鏡南道咸興地方 €20 x=5 ① 第42代大統領 W3C"
+
+
+def test_short_answers_are_judged_by_their_script(tmp_path):
+    names = ["Homo sapiens", "The Lord of the Rings", "WWE、ROH、Impactなどです。", "3×1=3\n3×2=6\n3×3=9"]
+    assert judged(tmp_path, *SHORT.split(), *names) == {}
+    foreign = ("My name is Taro.", "今天天気", "Nice to meet you", "-", "……", "안녕")
+    assert list(judged(tmp_path, *foreign)) == list(foreign)
+
+
+def test_a_text_of_kana_is_not_asked_about_and_a_kanji_text_is(tmp_path):
+    assert helpers.mostly_kana(JAPANESE) and not helpers.mostly_kana(CHINESE) and not helpers.mostly_kana("第一条")
+    assert not judged(tmp_path, "第一条　目的、第二条　定義")
+    assert judged(tmp_path, "漢字" * 30)
+
+
+CAUGHT = {
+    "template token": [
+        "<|im_end|>",
+        "</s>",
+        "[/INST]",
+        "<end_of_turn>",
+        "<think>",
+        "<｜end▁of▁sentence｜>",
+        "<unused7>",
+    ],
+    "role marker": ["\n### Response:\n", "\nUser: もう一つ", "\nアシスタント：", "assistantfinal"],
+    "foreign words": ["とmuy divertido y lleno", "\n\nThe weather is fine today.", "très bienです"],
+    "Chinese": ["所以，冬天很美", "因此、", "以上就是四季的特色。", "我們去公園。"],
+    "code": ["\n```python", "\nimport numpy as np"],
+    "JSON": ['{"name": 1}'],
+    "HTML": ["<ul><li>桜", "&nbsp;"],
+    "address": ["www.example.co.jp", "info@example.com", "03-0000-0000", "https://a"],
+    "broken encoding": ["譁蟄怜喧縺代〒縺吶", "?????", "\\u65e5\\u672c", "ã“ã‚"],
+    "self-mention of an AI": ["私はOpenAIによって開発されました。", "AIとして、私は", "私の知識は2021年までです。"],
+    "refusal": ["その質問にはお答えできません。", "I'm sorry, but"],
+    "placeholder": ["[ここに回答を入力]", "（以下略）", "{{answer}}"],
+    "about the answer itself": ["以下は日本語の回答です：", "この回答はモデルによって生成されました。"],
+    "cut off": [
+        "\n秋には紅葉狩りに出かけるのがおすすめで、とくに京都の",
+        "\n春には花を見に出かけ、夏には海や山で遊び、",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "tail"), [(name, tail) for name, tails in CAUGHT.items() for tail in tails])
+def test_patterns_catch(tmp_path, name, tail):
+    result = Result(tmp_path, [talk(QUESTION, JAPANESE + tail)], REVIEWED)
+    assert name in {result.dropped[0]["reason"], *(rule["reason"] for rule in result.report["rules"])}
+
+
+GOOD = [
+    "「To be, or not to be, that is the question.」は有名な台詞で、日本語の訳もいろいろあります。",
+    "孝明天皇の子が明治天皇です。高橋是清と是枝裕和、我孫子市、達也、就職と終了、可能性を並べました。",
+    "「春眠不覚暁、処処聞啼鳥」は孟浩然の詩の一節です。深圳や重慶、王家衛の名も出ます。",
+    "| 県 | 人口 |\n|---|---|\n| 宮城 | 230万人 |\n| 愛知 | 750万人 |",
+    "太郎「どこへ行く？」\n花子「海がいいな」\n店員：いらっしゃいませ。\n客：これをください。",
+    "ドイツ語で書かれた本の翻訳もあります。フランス語に訳されたものもあります。",
+    "ChatGPTはOpenAIが開発した対話型のAIです。AIとして知られる技術には機械学習があります。",
+    "春が来た 春が来た どこに来た\n山に来た 里に来た 野にも来た\n花が咲く 花が咲く どこに咲く",
+    "わははははははははは、と笑いました。すもももももももものうちです。",
+    "São PauloやBeyoncé、 café を知っています。ASP.NETやNode.jsも使います。",
+]
+
+
+@pytest.mark.parametrize("answer", GOOD)
+def test_good_answers_that_resemble_bad_ones_stay(tmp_path, answer):
+    assert judged(tmp_path, answer) == {}
+
+
+def test_rules_about_requests_look_at_turns_of_the_user_alone(tmp_path):
+    wish = "次の文をフランス語で書いてください。"
+    rows = [talk(wish, JAPANESE), talk(QUESTION, JAPANESE + wish), talk(QUESTION, JAPANESE, wish, JAPANESE)]
+    result = Result(tmp_path, rows, REVIEWED)
+    assert [(r["number"], r["field"]) for r in result.dropped] == [(1, "instruction"), (3, "turn 3 (user)")]
+    assert {r["reason"] for r in result.dropped} == {"asks for another language"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "loops"),
+    [
+        ("春は楽しいです。" * 8, True),
+        ("\n".join(f"{n}. 公園で桜の花を見る" for n in range(1, 9)), True),
+        ("朝食は大切です。栄養があるからです。" * 5, True),
+        ("\n".join(f"3×{n}={3 * n}" for n in range(1, 10)), False),
+        ("|---|---|---|---|---|---|---|---|---|---|---|---|---|\n" * 2, False),
+        ("雨が降る　雨が降る\nしとしとと　屋根を打つ\n\n雨が降る　雨が降る\n僕は窓から　街を見る", False),
+    ],
+)
+def test_loops(tmp_path, answer, loops):
+    assert bool(helpers.repeated_text(answer)) is loops
+    assert bool(helpers.repeated_text(JAPANESE + "\n" + answer)) is loops
+
+
+def test_an_answer_that_holds_the_whole_question_is_no_answer(tmp_path):
+    question = "日本で一番高い山は何ですか？"
+    echo = {"repeats the question"}
+    for answer in (question + "\n富士山です。", "日本で 一番高い山は 何ですか"):
+        assert {reason for reason, _ in judged(tmp_path, answer, question=question).values()} == echo
+    assert not judged(tmp_path, "日本で一番高い山は富士山です。", question=question)
+    assert not judged(tmp_path, "富士山", question="日本一の山は？")
+
+
+def test_of_rows_that_differ_in_white_space_alone_the_first_one_is_kept(tmp_path):
+    rows = [talk(QUESTION, JAPANESE + tail) for tail in ("", "\n", "はい。", "\u200b", "はい。 ")]
+    result = Result(tmp_path, rows, REVIEWED)
+    assert [row["response"] for row in result.kept] == [JAPANESE, JAPANESE + "はい。"]
+    assert result.report["reasons"] == {"duplicate": 3}
+    assert len(Result(tmp_path, rows, REVIEWED, duplicates=False).kept) == 5
+    broken = [talk(JAPANESE, FOREIGN)] * 2  # a copy of what another rule drops goes by that rule
+    assert Result(tmp_path, broken, REVIEWED).report["reasons"] == {"foreign words": 2}
+
+
+def test_the_report_counts_patterns_by_name(tmp_path):
+    rows = [talk(QUESTION, JAPANESE + tail) for tail in ("", "</s>", "<unk>", "</s>们")]
+    report = Result(tmp_path, rows, REVIEWED).report
+    assert {"reason": "template token", "match": "", "rows": 3, "only": 2} in report["rules"]
+    assert report["funnel"][1:] == [{"step": "ng string", "rows": 3}, {"step": "template token", "rows": 1}]
 
 
 def test_later_turns_too_short_for_a_language_pass(tmp_path):
-    rows = [
-        talk(JAPANESE, JAPANESE, "はい。", JAPANESE),
-        talk(JAPANESE, JAPANESE, "次は？", CHINESE),
-    ]
-    result = Result(tmp_path, rows, {"replacements": (), "ng": ()}, **LENIENT, all_turns=True)
+    rows = [talk(JAPANESE, JAPANESE, "はい。", JAPANESE), talk(JAPANESE, JAPANESE, "次は？", CHINESE)]
+    result = Result(tmp_path, rows, {"replacements": [], "ng": []}, **LENIENT, all_turns=True)
     assert result.kept == [{**rows[0], "instruction": JAPANESE, "response": JAPANESE}]
-    assert result.dropped[0]["field"] == "turn 4"
+    assert result.dropped[0]["field"] == "turn 4 (assistant)"
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [],
+        {"texts": {"a": ["b"]}},
+        {"text": {"a": "b"}},
+        {"text": {"a": ["("]}},
+        {"text": {"a": ["(b)"]}},
+        {"text": {"a": ["b|c"]}},
+        {"text": {"a": ["b?"]}},
+        {"text": {"a": [7]}},
+        {"text": {"duplicate": ["b"]}},
+        {"text": {"a": ["(?i)b"]}},
+    ],
+)
+def test_patterns_that_cannot_be_joined_are_refused(tmp_path, patterns):
+    (tmp_path / "rules.json").write_text(json.dumps({**RULES_2024, "patterns": patterns}), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"rules\.json: ") as error:
+        helpers.rules.load(tmp_path / "rules.json")
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text(alphabet="ab😢c.", max_size=12),
+    strings=st.lists(st.text(alphabet="ab😢c.", min_size=1, max_size=4), max_size=6),
+)
+def test_joined_expressions_find_what_single_ones_find(text, strings):
+    expressions = [*map(re.escape, strings), "[ab]c+", "b(?:a|c)$"]
+    found = any(pattern.search(text) for pattern in helpers.any_expression(expressions))
+    assert found == any(re.search(expression, text) for expression in expressions)
 
 
 def test_reviewed_rules_leave_ordinary_japanese_and_facts_alone():
     old, new = RULES_2024, REVIEWED
-    added = set(new["ng"]) - set(old["ng"])
-    assert {s for s in added if len(s) == 1} == set("个它很无找听决怎收效")
-    assert {s[:-1] for s in added if len(s) > 1} <= set(old["ng"]) and {s[-1] for s in added if len(s) > 1} == {*"でに"}
-    assert len(set(new["ng"])) == len(new["ng"]) and "ドイツ語" not in new["ng"]
-    assert not set("而於處叛瓊頚茉旱嗽籾仔裔采") & set(new["ng"])
+    assert set(new["ng"]) - set(old["ng"]) == set("个它很无找听决怎收效")
+    assert len(set(new["ng"])) == len(new["ng"]) and "们" in new["ng"]
+    assert not {*"而於處叛瓊頚茉旱嗽籾仔裔采圳★éüÉ", "翻訳", "ドイツ語"} & set(new["ng"])
     assert "松下" not in dict(new["replacements"])
-    assert Counter(old["ng"])["Ich "] == 1 and "们" in new["ng"]

@@ -65,7 +65,7 @@ def test_clean_answer(text, answer):
 
 def test_submission_is_in_the_order_of_the_tasks():
     tasks = [{"task_id": i, "input": f"課題{i}"} for i in (3, 1, 2)]
-    rows = helpers.submission_rows(tasks, {1: "b", 2: "c", 3: "a"})
+    rows = helpers.answers.submission_rows(tasks, {1: "b", 2: "c", 3: "a"})
     assert rows == [
         {"task_id": 3, "input": "課題3", "output": "a"},
         {"task_id": 1, "input": "課題1", "output": "b"},
@@ -84,4 +84,4 @@ def test_submission_with_a_missing_or_empty_answer_is_refused(answers, message):
     """Each with its own remedy: to run again does not help where greedy decoding has written nothing."""
     tasks = [{"task_id": i, "input": "x"} for i in (1, 2)]
     with pytest.raises(RecipeError, match=message):
-        helpers.submission_rows(tasks, answers)
+        helpers.answers.submission_rows(tasks, answers)

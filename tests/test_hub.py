@@ -1,5 +1,6 @@
 """What goes to the hub, and what is asked of it, against a small server that speaks the hub's HTTP API."""
 
+import ast
 import base64
 import hashlib
 import json
@@ -154,6 +155,8 @@ def test_licence_is_read_from_the_card(hub):
     free = call(hub, "print(helpers.records.data_source('a/free'))")
     expected = {"name": "a/free", "commit": SHA, "sha256": "", "licence": "apache-2.0", "inputs": {}}
     assert free.stdout.strip() == str(expected), free.stderr
+    chosen = ast.literal_eval(call(hub, "print(helpers.records.data_source('a/free:ja:train'))").stdout)
+    assert chosen == expected | {"sha256": chosen["sha256"], "chosen": "ja:train"} and chosen["sha256"]
     for name, licence in {"a/share-alike": "cc-by-sa-4.0", "a/none": "unknown"}.items():
         source = f"helpers.records.data_source({name!r}, 'main')"
         stopped = call(hub, f"helpers.records.check_licences({{'dataset': {source}}})")

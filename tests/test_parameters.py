@@ -7,10 +7,12 @@ import re
 
 import pytest
 from conftest import ROOT, run_cell
+from papermill.cli import _resolve_type
 from test_notebooks import NOTEBOOKS, RUN_FILES, defaults, parameters_cell, source
 
 import helpers
-from helpers import RecipeError, Text
+from engine.parameters import Text
+from helpers import RecipeError
 from run_file import read_notebook, read_run
 
 # Found by use; each of them was accepted in silence once, or ended in an error of a library after hours.
@@ -116,3 +118,40 @@ def test_run_py_and_the_cell_say_the_same(name, value, tmp_path, monkeypatch):
         with pytest.raises(RecipeError) as in_run_file:
             read_run(run_file, [], notebooks)
         assert str(in_run_file.value) == f"{notebook}.{in_cell.value}"
+
+
+WRITTEN = ["010", "064", "0x10", "0b11", "0o17", "10:30", "1:2:3", "1_0", "1__0", "00", "+5", "１０", "1,000", "", "5."]
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("name", ["max_rows", "time_budget_minutes"])
+def test_numbers_are_decimal_or_refused_everywhere(name, written, tmp_path, monkeypatch):
+    """In a run file, behind `--set`, and behind papermill's -p."""
+    monkeypatch.chdir(ROOT)
+    notebooks = {path.stem: read_notebook(path) for path in NOTEBOOKS}
+    notebook = next(notebook for notebook, (_, values) in notebooks.items() if name in values)
+    run_file, found = tmp_path / "run.yaml", []
+    for section, sets in ((f"{name}: {written}", []), ("", [f"{notebook}.{name}={written}"])):
+        run_file.write_text(f"output_dir: outputs/a\n{notebook}:\n  {section}\n", encoding="utf-8")
+        try:
+            found.append(read_run(run_file, sets, notebooks)[f"{notebook}.{name}"])
+        except RecipeError as error:
+            assert f"{notebook}.{name} must be " in str(error)
+            found.append("refused")
+    try:
+        meant = _resolve_type(written)
+        helpers.parameters.check({name: meant})
+    except RecipeError:
+        meant = "refused"
+    decimal = int(written) if re.fullmatch(r"[+]?\d+(_\d+)*", written) else 5
+    assert found == [meant, meant] and meant in ("refused", decimal)
+
+
+@pytest.mark.parametrize("value", [["a", "b"], None, {}, 7, True, {"a": 1}])
+@pytest.mark.parametrize("name", helpers.parameters.ALLOWED)
+def test_advice_in_quotes_is_right_when_it_is_followed(name, value):
+    try:
+        helpers.parameters.check({name: value})
+    except RecipeError as error:
+        if advised := re.search(rf'`{name}: "(.*?)"`', str(error)):
+            helpers.parameters.check({name: advised[1]})

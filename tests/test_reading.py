@@ -12,12 +12,12 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_cell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -75,7 +75,50 @@ FORMS = {
     "question, answer": lambda q: {"question": q, "answer": ANSWER, "topic": None},
     "prompt, completion": lambda q: {"prompt": q, "completion": ANSWER},
     "input, output": lambda q: {"input": q, "output": ANSWER},
+    "two user turns in a row": lambda q: {"messages": [{"role": "user", "content": q[:5]}, *turns(q[5:])]},
+    "ShareGPT, begun by the assistant": lambda q: {
+        "conversations": [{"from": "gpt", "value": "こんにちは。ご用件は何ですか。"}, *sharegpt(q)]
+    },
+    "a system column beside turns": lambda q: {"system": "丁寧に", "conversations": sharegpt(q)},
+    "a system column beside columns": lambda q: {"system_prompt": "丁寧に", "instruction": q, "output": ANSWER},
+    "OpenAI, content in parts": lambda q: {
+        "messages": [{"role": t["role"], "content": [{"type": "text", "text": t["content"]}]} for t in turns(q)]
+    },
+    "a tool is called before the answer": lambda q: {
+        "conversations": [
+            {"from": "human", "value": q},
+            {"from": "function_call", "value": "{}"},
+            {"from": "observation", "value": "3776"},
+            {"from": "gpt", "value": ANSWER},
+        ]
+    },
+    "a dictionary of lists (Sequence)": lambda q: {
+        "conversations": {"from": ["human", "gpt"], "value": [q, ANSWER]},
+    },
+    "turns as Python's repr": lambda q: {"messages": repr(turns(q))},
+    "shaberi (Question, Answer)": lambda q: {"Question": q, "Answer": ANSWER},
+    "Alpaca, capitalised": lambda q: {"Instruction": q[:5], "Input": q[5:], "Output": ANSWER},
+    "megagonlabs (utterances)": lambda q: {
+        "meta": {"tag": ["a"]},
+        "utterances": [{"name": t["role"], "text": t["content"]} for t in turns(q)],
+    },
+    "MT-bench (turns) with references": lambda q: {
+        "question_id": 81,
+        "category": "math",
+        "turns": [q, "では二番目は？"],
+        "reference": [ANSWER, "北岳です。"],
+    },
+    "ft-llm (problem, solution)": lambda q: {"problem": q, "solution": ANSWER},
+    "aya (inputs, targets)": lambda q: {"inputs": q, "targets": ANSWER, "language": "jpn"},
+    "ms-swift (human, assistant)": lambda q: {
+        "system": "",
+        "conversation": [{"human": q, "assistant": ANSWER}, {"human": "次は？", "assistant": "北岳です。"}],
+    },
+    "ms-swift (query, response)": lambda q: {"query": q, "response": ANSWER},
+    "ichikara (ID, text, output)": lambda q: {"ID": "ichikara-1", "text": q, "output": ANSWER},
 }
+# Under the rules of 2024 the first turn of each role counts, whatever stands between.
+OTHERWISE_IN_2024 = {"ShareGPT, begun by the assistant", "two user turns in a row"}
 
 # Rows that hold no question and answer in a form that can be told: what is said.
 UNKNOWN = {
@@ -100,7 +143,35 @@ UNKNOWN = {
     "turns without roles": ({"conversations": ["山は？", "富士山"]}, "turn 1 of conversations has no role"),
     "turns of unknown roles": ({"messages": turns("山は？", names=("A", "B"))}, "its roles in messages are ['A', 'B']"),
     "conversational prompts": ({"prompt": turns("山は？"), "completion": []}, "question (prompt) is a list"),
-    "content in parts": ({"messages": turns([{"type": "text", "text": "山は？"}])}, "question (messages) is a list"),
+    "a picture in the question": (
+        {"messages": turns([{"type": "text", "text": "山は？"}, {"type": "image_url", "image_url": {}}])},
+        "question (messages) is a list of parts (image_url, text)",
+    ),
+    "an answer that only calls a tool": (
+        {"messages": [*turns("山は？")[:1], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        "the answer (messages) only calls a tool",
+    ),
+    "an answer before the only question": (
+        {"messages": turns("山は？", names=("assistant", "user"))},
+        "no answer found; its roles in messages are ['assistant', 'user']",
+    ),
+    "MT-bench without references": ({"turns": ["山は？", "川は？"]}, "the answer (turns) is null"),
+    "turns as numpy's repr": (
+        {"messages": "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]"},
+        "messages holds no list of turns",
+    ),
+    "lists of unequal lengths": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["a"]}},
+        "conversations holds no list of turns",
+    ),
+    "roles in Japanese": (
+        {"messages": turns("山は？", names=("ユーザー", "アシスタント"))},
+        "its roles in messages are ['ユーザー', 'アシスタント']",
+    ),
+    "a list as input": (
+        {"instruction": "訳して", "input": ["a"], "output": "b"},
+        "the question (input) is a list, expected text",
+    ),
 }
 
 
@@ -118,6 +189,17 @@ def table(rows, delimiter=","):
 
 def parquet(rows):
     pq.write_table(pa.Table.from_pylist(rows), sink := io.BytesIO())
+    return sink.getvalue()
+
+
+def arrow(rows):
+    with pa.ipc.new_stream(sink := io.BytesIO(), (rows := pa.Table.from_pylist(rows)).schema) as stream:
+        stream.write_table(rows)
+    return sink.getvalue()
+
+
+def feather(rows):
+    pa.feather.write_feather(pa.Table.from_pylist(rows), sink := io.BytesIO())
     return sink.getvalue()
 
 
@@ -150,13 +232,39 @@ ROW = {"input": "山は？", "output": "富士山"}
 # Files that cannot be read: name, bytes, what is said.
 BAD_FILES = {
     "cp932": ("a.jsonl", lines([ROW]).decode().encode("cp932"), "line 1: .*looks like text in cp932; save it as UTF-8"),
-    "EUC-JP": ("a.jsonl", lines([ROW]).decode().encode("euc_jp"), "looks like text in euc_jp"),
+    "EUC-JP": ("a.jsonl", lines([ROW]).decode().encode("euc_jp"), "looks like text in EUC-JP"),
     "CSV in cp932": (
         "a.csv",
         table([ROW]).decode("utf-8-sig").encode("cp932"),
         "not UTF-8 text; it looks like text in cp932",
     ),
-    "UTF-16": ("a.jsonl", lines([ROW]).decode().encode("utf-16"), "line 1: .*it is UTF-16 text"),
+    "CSV in cp932, 9 KiB": (
+        "a.csv",
+        b"input,output\n" + b"a,b\n" * 2043 + "あ".encode("cp932") * 400 + b",x\n",
+        "line 2045: not UTF-8 text; it looks like text in cp932",
+    ),
+    "JSON Lines in ISO-2022-JP": (
+        "a.jsonl",
+        lines([ROW]).decode().encode("iso2022_jp"),
+        "looks like text in ISO-2022-JP",
+    ),
+    "CSV in ISO-2022-JP": ("a.csv", table([ROW]).decode("utf-8-sig").encode("iso2022_jp"), "text in ISO-2022-JP"),
+    "CSV in UTF-16 without a mark": (
+        "a.csv",
+        table([ROW]).decode("utf-8-sig").encode("utf-16-be"),
+        "it is UTF-16 text; save it as UTF-8 .`iconv -f UTF-16BE -t UTF-8`",
+    ),
+    "UTF-32": ("a.csv", table([ROW]).decode("utf-8-sig").encode("utf-32"), "it is UTF-32 text"),
+    "UTF-32 without a mark": ("a.jsonl", lines([ROW]).decode().encode("utf-32-le"), "it is UTF-32 text"),
+    "CSV, NUL bytes": ("a.csv", b"input,output\n" + b"a,b\n" * 2000 + b"a,b\0\n", "line 2002: holds a NUL byte"),
+    "JSON Lines, NUL bytes": ("a.jsonl", b"\0\1\2\3" * 99, "it holds NUL bytes, so it is no text"),
+    "pickle": ("a.jsonl", pickle.dumps([ROW]), "it is a Python pickle"),
+    "Arrow": ("a.jsonl", arrow([ROW]), "it is an Arrow file; run `datasets.Dataset.from_file"),
+    "Feather": ("a.json", feather([ROW]), "it is an Arrow file; run `pandas.read_feather"),
+    "picture": ("a.json", b"\x89PNG\r\n\x1a\n" + b"\0" * 99, "it is a picture"),
+    "web page called .csv": ("a.csv", b"\n<!DOCTYPE html>\n<html>", "it is a web page"),
+    "Git LFS pointer called .csv": ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "run `git lfs pull`"),
+    "UTF-16": ("a.jsonl", lines([ROW]).decode().encode("utf-16"), "it is UTF-16 text"),
     "UTF-16 without a mark": ("a.jsonl", lines([ROW]).decode().encode("utf-16-le"), "it is UTF-16 text"),
     "Excel": ("a.csv", b"PK\x03\x04\x14\x00\x06\x00\x08\x00\x00\x00!\x00\xff\xff", "a zip archive or an Excel file"),
     "Git LFS pointer": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run `git lfs pull`"),
@@ -192,6 +300,10 @@ def write(folder, name, data):
     return str(path)
 
 
+def parsed(rows):
+    return list(map(helpers.parse_row, rows))
+
+
 def refusal(function, *arguments):
     """The message of a RecipeError: one line of a reasonable length."""
     with pytest.raises(RecipeError) as error:
@@ -210,11 +322,11 @@ def test_every_known_form_is_read_for_training_for_shots_and_as_tasks(tmp_path, 
     path = write(tmp_path, "a.jsonl", lines(rows))
     pairs = helpers.files.load_pairs(path)
     assert "3 rows read as " in capsys.readouterr().out
-    assert [pair["output"] for pair in pairs] == [ANSWER] * 3
-    assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
+    assert [pair["response"] for pair in pairs] == [ANSWER] * 3
+    assert [pair["instruction"].replace("\n", "") for pair in pairs] == QUESTIONS
     tasks = helpers.files.load_tasks(path)
     assert [(task["task_id"], task["input"], task["output"]) for task in tasks] == [
-        (n, pair["input"], ANSWER) for n, pair in enumerate(pairs)
+        (n, pair["instruction"], ANSWER) for n, pair in enumerate(pairs)
     ]
 
 
@@ -222,17 +334,19 @@ def test_every_known_form_is_read_for_training_for_shots_and_as_tasks(tmp_path, 
 @pytest.mark.parametrize("rules", ["2024", "reviewed"])
 def test_every_known_form_is_filtered_and_trained_on(tmp_path, form, rules):
     rows = [FORMS[form](question) for question in QUESTIONS]
-    loaded = helpers.files.load_rows(write(tmp_path, "a.jsonl", lines(rows)))
+    loaded = parsed(helpers.files.load_rows(write(tmp_path, "a.jsonl", lines(rows))))
     helpers.files.check_forms("a.jsonl", loaded)
-    filter_rules = helpers.files.load_rules(f"data/filter_rules_{rules}.json")
+    filter_rules = helpers.rules.load(f"data/filter_rules_{rules}.json")
     lenient = replace(filter_rules, rare_below=0, rare_after_below=0)
     kept, dropped, report = helpers.filter_rows(loaded, lenient)
     assert (report["rows_kept"], dropped) == (3, [])
     assert all(row["conversations"][-1].get("role") == "assistant" for row in kept)
     helpers.files.write_jsonl(tmp_path / "kept.jsonl", kept)
+    if form in OTHERWISE_IN_2024:
+        return
     pairs = helpers.files.load_pairs(str(tmp_path / "kept.jsonl"))
-    assert [pair["input"].replace("\n", "") for pair in pairs] == QUESTIONS
-    assert [pair["output"] for pair in pairs] == [ANSWER] * 3
+    assert [pair["instruction"].replace("\n", "") for pair in pairs] == QUESTIONS
+    assert [pair["response"] for pair in pairs] == [ANSWER] * 3
     if form == "magpie":  # the row as it is, and two more columns
         assert kept == [row | {"instruction": q, "response": ANSWER} for row, q in zip(rows, QUESTIONS, strict=True)]
 
@@ -242,12 +356,12 @@ def test_unknown_forms_stop_at_once_with_row_and_columns(tmp_path, kind):
     row, said = UNKNOWN[kind]
     path = write(tmp_path, "a.jsonl", lines([row] * 3))
     assert (message := refusal(helpers.files.load_pairs, path)).startswith(f"{path}, line 1: ") and said in message
-    message = refusal(helpers.files.check_forms, "a.jsonl", helpers.files.load_rows(path))
+    message = refusal(helpers.files.check_forms, "a.jsonl", parsed(helpers.files.load_rows(path)))
     assert message.startswith("3 of 3 rows cannot be used. The first one: a.jsonl, row 1: ")
 
 
 def test_a_few_malformed_rows_do_not_stop_the_filter(capsys):
-    good, bad = FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}
+    good, bad = parsed([FORMS["ShareGPT"](QUESTIONS[0]), {"text": "x"}])
     helpers.files.check_forms("a", [good, bad, good, bad])
     assert "2 rows read as conversations" in (said := capsys.readouterr().out)
     assert "2 rows cannot be used. The first one: a, row 2: " in said
@@ -262,8 +376,8 @@ def test_columns_that_are_null_do_not_hide_the_form_of_a_row(tmp_path):
         {"conversations": turns(question), "instruction": None, "input": None, "output": None},
     ]
     for pair in helpers.files.load_pairs(write(tmp_path, "a.parquet", parquet(rows))):
-        assert (pair["input"].replace("\n", ""), pair["output"]) == (question, ANSWER)
-    kept, _, _ = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+        assert (pair["instruction"].replace("\n", ""), pair["response"]) == (question, ANSWER)
+    kept, _, _ = helpers.filter_rows(parsed(rows), helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
     assert [row["instruction"].replace("\n", "") for row in kept] == [question] * 2
 
 
@@ -327,27 +441,57 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub_data_set_gives_the_rows_as_they_are_and_is_read_again_without_network(tmp_path):
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with one data set, whose files are a dictionary; call it with a name to read, online or offline."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = {
-        "data/train.jsonl": lines(MIXED),
-        "data/test.jsonl": lines([ROW]),
-        "model.bin": b"0" * 9,
-        "README.md": b"#",
-    }
-    server.asked = []
+    server.files, server.asked = {"README.md": b"#", "model.bin": b"0" * 9}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     home = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    code = "import json, helpers; print(json.dumps(helpers.files.load_rows('me/rows', 'main')))"
-    try:
-        for offline in "01":
-            environment = os.environ | home | {"HF_HUB_OFFLINE": offline}
-            command = [sys.executable, "-c", code]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            assert json.loads(done.stdout) == MIXED
-        assert "model.bin" not in server.asked
-    finally:
-        server.shutdown()
+
+    def read(name, offline="0", function="load_rows"):
+        code = f"import json, helpers; rows = helpers.files.{function}({name!r}); print(json.dumps(rows))"
+        environment = os.environ | home | {"HF_HUB_OFFLINE": offline}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        return done.stdout.splitlines() if done.returncode == 0 else done.stderr.splitlines()[-1:]
+
+    yield server, read
+    server.shutdown()
+
+
+def test_a_hub_data_set_gives_the_rows_as_they_are_and_is_read_again_without_network(hub):
+    server, read = hub
+    server.files |= {"data/train.jsonl": lines(MIXED), "data/test.jsonl": lines([ROW])}
+    for offline in "01":
+        *said, rows = read("me/rows", offline)
+        assert json.loads(rows) == MIXED
+        assert said[0] == "me/rows: 3 rows of split train read from 1 file: data/train.jsonl (3)"
+        left = "split test (data/test.jsonl)" + ("" if offline == "1" else "; model.bin")
+        assert said[1] == f"me/rows: not read: {left}"
+    assert json.loads(read("me/rows:test", "1")[-1]) == [ROW]
+    assert "model.bin" not in server.asked
+
+
+def test_on_the_hub_files_of_no_split_are_read_only_where_there_is_no_other(hub):
+    """As its viewer shows them: elyza/ELYZA-tasks-100 has answers of models beside test.csv."""
+    server, read = hub
+    server.files |= {"test.csv": table([ROW]), "baseline/A.JSONL": lines([ROW | {"input": "川は？"}])}
+    *said, rows = read("me/rows", function="load_tasks")
+    assert json.loads(rows) == [{"task_id": 0, **ROW}]
+    assert said[1] == "me/rows: not read: no split (baseline/A.JSONL); model.bin"
+    assert "all its files are held out for validation or test" in read("me/rows")[0]
+    assert json.loads(read("me/rows:baseline/A.JSONL")[-1])[0]["input"] == "川は？"
+
+
+def test_a_configuration_of_a_hub_data_set_is_named(hub):
+    server, read = hub
+    configs = [{"config_name": name, "data_files": f"{name}/*"} for name in ("ja", "en")]
+    server.files |= {f"{name}/a.jsonl": lines([ROW | {"id": name}]) for name in ("ja", "en")}
+    server.files["README.md"] = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
+    assert read("me/rows")[0].endswith("several configurations; name one: me/rows:ja, me/rows:en")
+    assert json.loads(read("me/rows:ja")[-1]) == [ROW | {"id": "ja"}]
 
 
 MIXED = [
@@ -388,7 +532,7 @@ NO_TEXT = {"null": None, "a number": 5, "true or false": True, "a list": ["a"], 
 def test_what_is_no_text_is_refused_by_file_row_and_key(tmp_path, key, kind):
     path = write(tmp_path, "qa.jsonl", lines([ROW, ROW | {key: NO_TEXT[kind]}]))
     if (key, kind) == ("output", "a number"):
-        assert helpers.files.load_pairs(path)[1] == {"input": "山は？", "output": "5"}
+        assert helpers.files.load_pairs(path)[1] == {"instruction": "山は？", "response": "5"}
     else:
         message = refusal(helpers.files.load_pairs, path)
         assert message.startswith(f"{path}, line 2: ") and f"{key}) is {kind}, expected text" in message
@@ -442,6 +586,42 @@ def test_task_ids_of_a_table_are_numbers_again(tmp_path):
 def test_references_are_texts_numbers_or_a_list_of_them(tmp_path, output, references):
     (task,) = helpers.files.load_tasks(write(tmp_path, "a.jsonl", lines([{"input": "x", "output": output}])))
     assert helpers.references_of(task) == references
+
+
+EVAL = {
+    "instruction": "質問に答えてください。",
+    "output_length": 9,
+    "metrics": ["char_f1"],
+    "samples": [{"input": question, "output": ANSWER} for question in QUESTIONS],
+}
+
+
+@pytest.mark.parametrize("data", [json.dumps(EVAL), json.dumps(EVAL, indent=2), json.dumps([EVAL], indent=2)])
+def test_a_file_of_llm_jp_eval_gives_its_samples_as_tasks(tmp_path, data):
+    path = write(tmp_path, "jcommonsenseqa.json", data.encode())
+    tasks = helpers.files.load_tasks(path)
+    assert [(task["input"], task["output"]) for task in tasks] == [
+        (f"質問に答えてください。\n{question}", ANSWER) for question in QUESTIONS
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_whole_numbers_beside_missing_ones_are_whole(tmp_path, name):
+    """Of both pandas makes 5.0."""
+    path, columns = tmp_path / name, {"input": ["2 + 3 は？", "山は？"], "output": [5, None], "score": [1.5, 2.0]}
+    (pd.DataFrame(columns).to_parquet if name == "a.parquet" else pd.DataFrame(columns).to_csv)(path, index=False)
+    assert "5.0" in str(pd.read_parquet(path) if name == "a.parquet" else path.read_text(encoding="utf-8"))
+    tasks = helpers.files.load_tasks(str(path))
+    assert tasks[0] == {"task_id": 0, "input": "2 + 3 は？", "output": "5"}
+    assert helpers.references_of(tasks[1]) == []
+    assert str(helpers.files.load_rows(path)[1]["score"]) == "2.0"
+
+
+@pytest.mark.parametrize("number", [0, 7, -3, 10**17])
+def test_a_number_as_further_text_is_its_digits(tmp_path, number):
+    path = write(tmp_path, "a.csv", table([{"instruction": "2倍は？", "input": number, "output": 2 * number}] * 2))
+    pairs = helpers.files.load_pairs(path)
+    assert pairs == [{"instruction": f"2倍は？\n{number}", "response": str(2 * number)}] * 2
 
 
 @pytest.mark.parametrize("output", [{"a": 1}, [None], [["a"]], True])
@@ -510,7 +690,9 @@ def test_parquet_values_survive_the_filter(tmp_path):
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     rows = helpers.files.load_rows(tmp_path / "a.parquet")
-    kept, dropped, report = helpers.filter_rows(rows, helpers.FilterRules((), (), rare_below=0, rare_after_below=0))
+    kept, dropped, report = helpers.filter_rows(
+        parsed(rows), helpers.FilterRules((), (), rare_below=0, rare_after_below=0)
+    )
     helpers.files.save_filtered(tmp_path, kept, dropped, report)
     (row,), (record,) = (helpers.files.load_rows(tmp_path / f"{name}_magpie.jsonl") for name in ("filtered", "dropped"))
     values = {"n": 2**60 + 1, "x": 0.1, "b": "/wA=", "day": "2026-01-02", "d": "1.20"}
@@ -533,8 +715,12 @@ anything = st.recursive(
     max_leaves=4,
 )
 known_rows = st.builds(lambda form, q: FORMS[form](q), st.sampled_from(list(FORMS)), st.sampled_from(QUESTIONS))
-names = st.sampled_from([*helpers.CHATS, *helpers.QUESTIONS, *helpers.CONTEXTS, *helpers.ANSWERS, "history", "id"])
-broken_turns = st.fixed_dictionaries({}, optional=dict.fromkeys(("role", "from", "content", "value"), anything))
+CLASSIC = [*helpers.CHATS, *helpers.QUESTIONS, *helpers.CONTEXTS, *helpers.ANSWERS, "history", "id"]
+MORE = [*helpers.MORE_CHATS, *helpers.MORE_QUESTIONS, *helpers.MORE_ANSWERS, "reference", "Question", "Input", "Output"]
+names = st.sampled_from(CLASSIC + MORE)
+broken_turns = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("role", "from", "content", "value", "name", "text", "human", "assistant"), anything)
+)
 wild_rows = st.dictionaries(names, anything | st.lists(broken_turns | anything, max_size=3), max_size=4)
 spoiled_rows = st.builds(lambda row, more: row | more, known_rows, wild_rows)
 
@@ -546,7 +732,7 @@ def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
     switches = {field.name: reviewed for field in fields(helpers.FilterRules) if field.default is False}
     rules = helpers.FilterRules((("山", "丘"),), ("海",), rare_below=0, rare_after_below=2, **switches)
     before = helpers.files.json_text(rows)
-    helpers.files.save_filtered(tmp_path, *helpers.filter_rows(rows, rules))
+    helpers.files.save_filtered(tmp_path, *helpers.filter_rows(parsed(rows), rules))
     assert helpers.files.json_text(rows) == before
     counts = {}
     for name in ("filtered", "dropped"):
@@ -559,76 +745,56 @@ def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, rows, reviewed):
         assert isinstance(row["conversations"], list) and row["instruction"] and row["response"]
 
 
-# --- the window -----------------------------------------------------------------------------------------------------
-
-
-TINY = "data/tiny/gemma2"
-
-
-@pytest.mark.parametrize("loss_on", ["text", "answer"])
-def test_training_texts_beyond_the_window_are_listed_with_what_happens_to_them(loss_on):
-    """One text fits, of one the answer is cut, and of one the question alone fills the window."""
-    texts = [("山は？", "富士山"), ("山は？", ANSWER * 50), (QUESTIONS[0] * 50, "富士山")]
-    pairs = [{"instruction": question, "response": answer} for question, answer in texts]
-    values = {"helpers": helpers, "pd": pd, "tokenizer": helpers.models.load_tokenizer(TINY), "max_seq_length": 256}
-    values |= {"pairs": pairs, "filtered": pairs[:2], "qa": pairs[2:], "train_file": "a.jsonl", "qa_data": "b.jsonl"}
-    left = run_cell("03_sft", "window", **run_cell("03_sft", "tokenize", **values, loss_on=loss_on))
-    assert len(left["train_rows"]) == (2 if loss_on == "answer" else 3)
-    assert [row[:2] for row in left["too_long"]] == [["a.jsonl", 2], ["b.jsonl", 1]]
-    assert [row[4] for row in left["too_long"]] == ["cut", "left out" if loss_on == "answer" else "cut"]
-    assert [row[3] >= 256 for row in left["too_long"]] == [False, True]
-    assert all(row[2] > 256 for row in left["too_long"])
-    assert all(len(row["input_ids"]) == len(row["labels"]) <= 256 for row in left["train_rows"])
-    assert all(any(label != -100 for label in row["labels"]) for row in left["train_rows"])
-    if loss_on == "answer":
-        values |= {"pairs": pairs[2:], "filtered": [], "loss_on": loss_on}
-        alone = run_cell("03_sft", "tokenize", **values)
-        assert "raise max_seq_length = 256" in refusal(lambda: run_cell("03_sft", "window", **alone))
-
-
-def window_of_04(task_texts, answers=("富士山",), **values):
-    tasks = [{"task_id": f"問{n}", "input": text} for n, text in enumerate(task_texts)]
-    rows = [{"input": "山は？", "output": answer} for answer in answers]
-    values = {"helpers": helpers, "pd": pd, "model_name": TINY, "inputs": {"model": {"commit": ""}}, "k": 1} | values
-    values |= {"task_rows": tasks, "qa_rows": rows, "prompt_style": "2024", "tasks": "tasks.jsonl"}
-    values |= {"qa_data": "qa.jsonl", "max_seq_length": 512, "max_new_tokens": 128}
-    return run_cell("04_rag_inference", "fitting-examples", **run_cell("04_rag_inference", "window", **values))
-
-
-def test_tasks_beyond_the_window_are_named_before_the_model_is_loaded(capsys):
-    began = time.perf_counter()
-    message = refusal(window_of_04, ["山は？", "あ" * 300_000])
-    assert time.perf_counter() - began < 10
-    assert message.startswith("tasks.jsonl: no room to answer task_id 問1 (300,") and "max_seq_length = 512" in message
-    count = window_of_04(["山は？"])["count_tokens"]
-    prompt = count(helpers.build_prompt("", ()))
-    rare = "鬱"  # one token or more for each
-    tokens = count(helpers.build_prompt(rare * 10, ())) - prompt
-    fits = (512 - 16 - prompt) * 10 // tokens
-    left = window_of_04(["山は？", rare * (fits - 5)], ["富士山", ANSWER * 30])
-    assert left["too_long"].keys() == {"問1"} and 16 <= left["room"]["問1"] < 128
-    assert left["qa"] == [{"input": "山は？", "output": "富士山"}]
-    said = capsys.readouterr().out
-    assert f"answered without shots, in at most as many tokens: {{'問1': {left['room']['問1']}}}" in said
-    assert "1 of 2 examples fit into max_seq_length - max_new_tokens = 384 tokens" in said
-    assert "qa.jsonl: no example fits" in refusal(window_of_04, ["山は？"], [ANSWER * 30])
-
-
 # --- the table ------------------------------------------------------------------------------------------------------
+
+NUMBERED = [f"part-{number:03}.jsonl" for number in range(200)]
+# Folders: their files with three rows each, what the card says, and what is named of it.
+FOLDERS = {
+    "two kinds of files": (["a.jsonl", "b.csv"], None, ""),
+    "200 files": (NUMBERED, None, ""),
+    "a file beside one for tests": (["chat.jsonl", "test.jsonl"], None, ""),
+    "the same, the test is named": (["chat.jsonl", "test.jsonl"], None, ":test"),
+    "a test alone": (["test.jsonl"], None, ""),
+    "a split beside a file of none": (["chat.jsonl", "train.jsonl"], None, ""),
+    "a card that lists test_sft first": (
+        ["a.jsonl", "b.jsonl"],
+        [{"data_files": [{"split": "test_sft", "path": "a.jsonl"}, {"split": "train_sft", "path": "b.jsonl"}]}],
+        "",
+    ),
+    "several configurations": (["ja/a.jsonl", "en/a.jsonl"], [{"data_dir": "ja"}, {"data_dir": "en"}], ""),
+    "one of them": (["ja/a.jsonl", "en/a.jsonl"], [{"data_dir": "ja"}, {"data_dir": "en"}], ":ja"),
+    "one file of it": (["a.jsonl", "b.jsonl"], None, ":b.jsonl"),
+    "a card that leads out of it": (["a.jsonl"], [{"data_files": "../secret.jsonl"}], ""),
+    "a picture beside rows": (["a.jsonl", "a.png"], None, ""),
+    "a packed file that cannot be read": (["a.jsonl", "b.jsonl.xz"], None, ""),
+}
+
+
+def write_folder(folder, names, configs):
+    """The files of a folder; rows say in which file they are."""
+    for name in names:
+        rows = [{"input": f"{name} {q}", "output": ANSWER} for q in QUESTIONS]
+        write(folder, name, table(rows) if name.endswith(".csv") else lines(rows) if "jsonl" in name else b"\x89PNG")
+    if configs:
+        named = [{"config_name": config.get("data_dir", "default")} | config for config in configs]
+        write(folder, "README.md", f"---\n{json.dumps({'configs': named})}\n---\n".encode())
+    return str(folder)
 
 
 def report_line(kind, path, rows_in):
     """A line of the table: what was read, and what was said."""
     with redirect_stdout(io.StringIO()) as said:
         try:
-            read, message = len(helpers.files.load_pairs(path)), said.getvalue().removeprefix(f"{path}: ").strip()
+            read, message = len(helpers.files.load_pairs(path)), said.getvalue()
         except RecipeError as error:
-            read, message = "stops", str(error).replace(path, Path(path).name).partition("; known are")[0]
-    return f"| {kind} | {rows_in} | {said and read} | {message.replace('|', chr(92) + '|')} |"
+            read, message = "stops", str(error).partition("; known are")[0]
+    base = path if os.path.exists(path) else path.rpartition(":")[0]
+    message = message.replace(f"{path}: ", "").replace(base, Path(base).name).strip().replace("\n", "; ")
+    return f"| {kind} | {rows_in} | {read} | {message.replace('|', chr(92) + '|')} |"
 
 
 if __name__ == "__main__":
-    print("| form or file | rows in | rows read | what is said |\n|---|---|---|---|")
+    print("| form, file or folder | rows in | rows read | what is said |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for form, make in FORMS.items():
             print(report_line(form, write(folder, "a.jsonl", lines([make(q) for q in QUESTIONS])), 3))
@@ -639,5 +805,8 @@ if __name__ == "__main__":
             print(report_line(kind, write(folder, name, write_rows(rows)), 3))
         for kind, (name, data, _) in BAD_FILES.items():
             print(report_line(kind, write(folder, name, data), ""))
+        for number, (kind, (names, configs, choice)) in enumerate(FOLDERS.items()):
+            path = write_folder(Path(folder, str(number), "rows"), names, configs) + choice
+            print(report_line(f"folder: {kind}", path, 3 * sum("jsonl" in n or "csv" in n for n in names)))
     for path in sys.argv[1:]:
         print(report_line(Path(path).name, path, Path(path).read_bytes().count(b"\n")))

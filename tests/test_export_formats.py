@@ -1,0 +1,187 @@
+"""export.py and engine/formats.py, engine/gguf.py: what an exported folder tells other programs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from families import FAMILIES, make_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Phi3Config
+
+import export
+import helpers
+from helpers import RecipeError
+
+formats, gguf = helpers.formats, helpers.gguf
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 512, "rope_theta": 5e5}
+LONG = {"rope_type": "longrope", "short_factor": [1.1] * 8, "long_factor": [4.0] * 8, "rope_theta": 2e4}
+
+
+def read_json(*path):
+    return json.loads(Path(*path).read_text(encoding="utf-8"))
+
+
+def exported(folder, family="gemma2", text_format="2024", penalty=1.1, **changes):
+    """A checkpoint of a family with what formats.make_readable adds."""
+    make_checkpoint(family, folder, **changes)
+    formats.make_readable(folder, helpers.models.load_tokenizer(str(folder)), text_format, penalty)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_says_the_same_as_before(family, tmp_path):
+    before = AutoConfig.from_pretrained(make_checkpoint(family, tmp_path / "base")).get_text_config()
+    after = AutoConfig.from_pretrained(exported(tmp_path / "exported", family)).get_text_config()
+    assert after.rope_parameters == before.rope_parameters
+    assert after.layer_types == before.layer_types if hasattr(before, "layer_types") else True
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "old"),
+    [
+        (LlamaConfig, {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": None}),
+        (LlamaConfig, LLAMA3, {"rope_theta": 5e5, "rope_scaling": {k: LLAMA3[k] for k in list(LLAMA3)[:-1]}}),
+        (LlamaConfig, YARN, {"rope_theta": 5e5, "rope_scaling": {k: YARN[k] for k in list(YARN)[:-1]}}),
+        (
+            Phi3Config,
+            LONG,
+            {
+                "rope_theta": 2e4,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 8, "long_factor": [4.0] * 8},
+                "partial_rotary_factor": 1.0,
+            },
+        ),
+    ],
+)
+def test_rotary_values_stand_where_both_generations_look(kind, rope, old, tmp_path):
+    config = kind(hidden_size=64, num_attention_heads=4, rope_parameters=dict(rope), pad_token_id=0)
+    config.save_pretrained(tmp_path)
+    found = formats.old_rope_keys(read_json(tmp_path, "config.json"))
+    assert {name: found[name] for name in old} == old
+    assert found["rope_parameters"] == read_json(tmp_path, "config.json")["rope_parameters"]
+    helpers.files.write_json(tmp_path / "config.json", found)
+    again = AutoConfig.from_pretrained(tmp_path)
+    ids = torch.arange(64)[None]
+    rotary = [helpers.models.empty(c).base_model.rotary_emb for c in (config, again)]
+    tables = [type(r)(c)(torch.zeros(1, 64, 16), ids) for r, c in zip(rotary, (config, again), strict=True)]
+    torch.testing.assert_close(tables[0], tables[1], rtol=0, atol=0)
+
+
+def test_gemma_3_has_two_bases(tmp_path):
+    folder = exported(tmp_path / "m", "gemma3_text")
+    config = read_json(folder, "config.json")
+    assert (config["rope_theta"], config["rope_local_base_freq"], config["rope_scaling"]) == (1e6, 1e4, None)
+
+
+def test_answers_are_greedy_with_the_penalty_of_the_recipe_and_all_end_tokens(tmp_path):
+    folder = make_checkpoint("llama3", tmp_path / "m")
+    tokenizer = helpers.models.load_tokenizer(str(folder))
+    turn_end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    GenerationConfig(eos_token_id=[turn_end], repetition_penalty=1.7, do_sample=True, top_p=0.9).save_pretrained(folder)
+    formats.save_generation_config(folder, tokenizer, "2024", 1.05)
+    found = GenerationConfig.from_pretrained(folder)
+    assert sorted(found.eos_token_id) == sorted([turn_end, tokenizer.eos_token_id])
+    assert (found.do_sample, found.repetition_penalty, found.top_p) == (False, 1.05, None)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")  # it can be saved
+
+
+def test_in_the_chat_format_the_bases_sampling_and_the_end_of_a_turn_are_kept(tmp_path):
+    folder = make_checkpoint("gemma2", tmp_path / "m")  # at temperature 0.6
+    tokenizer = helpers.models.load_tokenizer(str(folder))
+    formats.save_generation_config(folder, tokenizer, "chat", 1.1)
+    found = GenerationConfig.from_pretrained(folder)
+    assert (found.do_sample, found.temperature, found.repetition_penalty) == (True, 0.6, 1.1)
+    assert tokenizer.convert_tokens_to_ids("<end_of_turn>") in found.eos_token_id
+    assert found.no_repeat_ngram_size is None  # not one of the recipe's rules
+
+
+def test_the_penalty_is_that_of_the_runs_answers(tmp_path):
+    assert export.answer_penalty(tmp_path) == 1.1
+    output = tmp_path / "output.jsonl"
+    helpers.files.write_jsonl(output, [{"task_id": 0, "input": "山", "output": "川"}])
+    helpers.records.write(output, helpers.records.make("04_rag_inference", {}, {"repetition_penalty": 1.02}, []))
+    assert export.answer_penalty(tmp_path) == 1.02
+
+
+OLD = os.environ.get("TRANSFORMERS_4", "")  # the python of an environment with transformers 4.57
+
+
+@pytest.mark.skipif(not OLD, reason="TRANSFORMERS_4 names no python with transformers 4.57")
+def test_transformers_4_reads_the_same_ids_and_logits():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/readers.py", OLD], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ollama_asks_in_the_words_of_the_training(tmp_path):
+    folder = exported(tmp_path / "m", penalty=1.05)
+    lines = gguf.modelfile(tmp_path / "x.gguf", folder, "2024")
+    (template,) = re.findall(r'TEMPLATE """(.*?)"""', lines, flags=re.S)
+    assert template.replace("{{ .Prompt }}", "山は？") == helpers.sft_text("山は？", "", "")
+    assert lines.startswith("FROM ./x.gguf\n")
+    for line in ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1.05", 'PARAMETER stop "### 質問"'):
+        assert line in lines.splitlines()
+
+
+@pytest.mark.parametrize("llama_cpp", ["", "nowhere"])
+def test_without_llama_cpp_one_line_says_how_to_get_it(llama_cpp):
+    done = subprocess.run(
+        [sys.executable, "export.py", "outputs/none", "--gguf", "--llama-cpp", llama_cpp],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("export.py: ")]
+    assert gguf.HOW_TO_GET in line and f"type q4_k_m needs {llama_cpp or 'llama.cpp'}" in line
+
+
+def test_bf16_needs_the_converter_alone(tmp_path):
+    (tmp_path / gguf.CONVERTER).touch()
+    assert gguf.find_programs(str(tmp_path), "bf16") == [tmp_path / gguf.CONVERTER]
+    with pytest.raises(RecipeError, match=re.escape(f"needs {tmp_path / gguf.QUANTIZER}: git clone")):
+        gguf.find_programs(str(tmp_path), "q4_k_m")
+
+
+def test_a_scale_that_llama_cpp_does_not_know_is_refused():
+    gemma = {"hidden_size": 2304, "num_attention_heads": 8, "head_dim": 256}
+    gguf.check_scale(gemma | {"query_pre_attn_scalar": 256})
+    gguf.check_scale({"hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128, "query_pre_attn_scalar": 144})
+    gguf.check_scale({"hidden_size": 64, "num_attention_heads": 4})
+    with pytest.raises(RecipeError, match="not by query_pre_attn_scalar = 1"):
+        gguf.check_scale(gemma | {"query_pre_attn_scalar": 1})
+
+
+def test_a_failed_conversion_is_told_and_leaves_no_file(tmp_path):
+    converter = tmp_path / "llama.cpp" / gguf.CONVERTER
+    converter.parent.mkdir()
+    converter.write_text("import sys; sys.exit('the vocabulary is unknown')")
+    folder = exported(tmp_path / "m", "llama3")
+    with pytest.raises(RecipeError, match=r"convert_hf_to_gguf\.py failed: the vocabulary is unknown"):
+        gguf.convert(folder, tmp_path / "x.gguf", "bf16", str(tmp_path / "llama.cpp"), {"name": "x", "commit": ""})
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+LLAMA_CPP = os.environ.get("LLAMA_CPP", "")  # a folder of llama.cpp
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="LLAMA_CPP names no folder of llama.cpp")
+def test_a_gguf_file_holds_template_penalty_and_temperature(tmp_path):
+    folder, target = exported(tmp_path / "m", "mistral"), tmp_path / "x.gguf"
+    gguf.convert(folder, target, "bf16", LLAMA_CPP, {"name": "x", "commit": ""})
+    sys.path.insert(0, f"{LLAMA_CPP}/gguf-py")
+    from gguf import GGUFReader
+
+    fields = GGUFReader(target).fields
+    assert fields["tokenizer.chat_template"].contents() == AutoTokenizer.from_pretrained(folder).chat_template
+    assert fields["general.sampling.penalty_repeat"].contents() == pytest.approx(1.1)
+    assert fields["general.sampling.temp"].contents() == 0
