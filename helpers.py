@@ -344,23 +344,28 @@ def any_character(characters: Iterable[str]) -> re.Pattern:
 def row_texts(parsed: Parsed, rules: FilterRules) -> tuple[dict[str, str], Problem | None]:
     """The texts of a row by field, and what is wrong with its form; a malformed row has no texts.
 
-    `instruction` is the first user turn and `response` the first assistant turn, "" where missing; with `all_turns`
-    the other turns follow as "turn N (role)", counted from 1.
+    `instruction` is the first user turn and `response` the first assistant turn, as in 2024, "" where missing. With
+    `all_turns` they are the first question and the answer after it, and what else people and model say follows as
+    "turn N (role)", counted from 1.
     """
     if not parsed.columns:
         return {}, ("malformed", "conversations", type(parsed.row.get("conversations")).__name__)
+    asked, answered = first_pair(parsed.turns) if rules.all_turns and all(map(has_role, parsed.turns)) else ([], None)
     texts: dict[str, str] = {}
     for number, turn in enumerate(parsed.turns, start=1):
         if not has_role(turn):
             return {}, ("malformed", f"turn {number}", type(turn).__name__)
         field, content = {"user": "instruction", "assistant": "response"}.get(turn["role"]), turn.get("content")
-        if field is None or field in texts:
-            if not rules.all_turns or (content is None and turn.get("tool_calls")):
-                continue  # with `tool_calls` it calls a tool instead of saying something
-            field = f"turn {number} ({turn['role']})"
+        if rules.all_turns:
+            if turn["role"] not in ("system", "user", "assistant") or (content is None and turn.get("tool_calls")):
+                continue  # a tool speaks, or one is called
+            if number - 1 not in (*asked, answered):
+                field = f"turn {number} ({turn['role']})"
+        elif field is None or field in texts:
+            continue
         if not isinstance(content, str):
             return {}, ("malformed", field, type(content).__name__)
-        texts[field] = rules.normal(content)
+        texts[field] = "\n".join([texts[field], rules.normal(content)]) if field in texts else rules.normal(content)
         if len(texts) == 2 and not rules.all_turns:
             break  # as in 2024, which never looks at what follows
     blank = [field for field in ("response", "instruction") if not texts.get(field, "").strip()]

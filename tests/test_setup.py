@@ -125,13 +125,13 @@ def test_an_environment_without_the_pins_gets_them_and_keeps_its_torch(tmp_path)
 def test_the_competition_s_tasks_are_asked_for_by_name_and_found_beside_the_notebook(tmp_path, monkeypatch, capsys):
     values = {"model": "me/base", "adapter": "none", "tasks": "elyza-tasks-100-TV_0.jsonl", "train_data": ""}
     monkeypatch.chdir(ROOT)
-    assert "elyza/ELYZA-tasks-100" in colab_setup.missing_input(values, "outputs/try")
+    assert "elyza/ELYZA-tasks-100" in colab_setup.missing_inputs(values, "outputs/try")
     monkeypatch.setattr(colab_setup, "START", tmp_path)
     (tmp_path / "elyza-tasks-100-TV_0.jsonl").write_text('{"input": "q"}\n')
     colab_setup.find_beside_notebook(values)
     assert Path(values["tasks"]).samefile(tmp_path / "elyza-tasks-100-TV_0.jsonl")
     assert capsys.readouterr().out == f"tasks: {values['tasks']}\n"
-    assert colab_setup.missing_input(values, "outputs/try") == ""
+    assert colab_setup.missing_inputs(values, "outputs/try") == ""
     before = dict(values)
     colab_setup.find_beside_notebook(values)  # the cell may run twice
     assert values == before

@@ -74,8 +74,8 @@ def test_a_notebook_alone_says_what_is_missing_before_it_installs_anything(
             cwd=str(alone),
         )
     assert raised.value.exec_count == 3 and "\n" not in raised.value.evalue
-    assert raised.value.evalue.startswith(f"{path} is not here. Run {number} with the same output_dir first")
-    assert f"or set {parameter} to the hub repository that {number} pushed to" in raised.value.evalue
+    assert f"{path} ({number} writes it; or set {parameter} to the hub repository it pushed to)" in raised.value.evalue
+    assert ": not here. Run first what writes it, with the same output_dir" in raised.value.evalue
     assert "set-up: installing" not in set_up_output(tmp_path / "out.ipynb")
 
 
