@@ -1,7 +1,7 @@
 """Which shared memory the compiled attention asks for, on cards that are not here: no GPU is needed.
 
-    pip install --target /tmp/triton --no-deps triton==3.7.1     # the version that a CUDA build of torch brings
-    PYTHONPATH=/tmp/triton python benchmarks/attention_memory.py # about ten minutes on two cores
+    pip install --target outputs/triton --no-deps triton==3.7.1     # the version that a CUDA build of torch brings
+    PYTHONPATH=outputs/triton python benchmarks/attention_memory.py # about ten minutes on two cores
 
 torch renders its flex attention as for each card, whose properties are made up, and Triton compiles it to machine
 code. The table on stdout compares torch's own options with those of `attention.kernel_options`; a kernel that asks for
