@@ -238,8 +238,10 @@ def test_run_py_sees_that_rows_or_what_selects_them_changed(tmp_path):
     for file in ("a.jsonl", "b.jsonl"):
         write(tmp_path, file)
         write_card(tmp_path, [{"config_name": "default", "data_files": file}])
+        run.hashes.cache_clear()
         seen += [run.contents(name), run.contents(str(tmp_path))]
     write(tmp_path, "b.jsonl", 4)
+    run.hashes.cache_clear()
     seen += [run.contents(name), run.contents(str(tmp_path))]
     assert all(seen) and seen[::2] == seen[1::2] and len(set(seen)) == 3
     assert run.contents("owner/name:default") == run.contents("") == ""
