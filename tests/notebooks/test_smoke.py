@@ -86,7 +86,11 @@ def test_saved_tokenizer_adds_exactly_one_bos(smoke):
         ids = tokenizer(helpers.build_prompt("課題", [], "2024"))["input_ids"]
         assert ids.count(tokenizer.bos_token_id) == 1
         assert ids[0] == tokenizer.bos_token_id
-        assert tokenizer.chat_template == helpers.models.GEMMA_CHAT_TEMPLATE
+    assert tokenizer.chat_template != helpers.models.GEMMA_CHAT_TEMPLATE  # the adapter's asks as it was trained
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "課題"}], tokenize=False)
+    assert asked == f"<bos>{helpers.sft_text('課題', '', '')}"
+    quantized = AutoTokenizer.from_pretrained(smoke / "quantized")
+    assert quantized.chat_template == helpers.models.GEMMA_CHAT_TEMPLATE
 
 
 def test_output_has_one_valid_line_a_task_in_order(smoke):
