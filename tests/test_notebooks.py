@@ -69,8 +69,10 @@ class TestForm:
         assert not {name: lines for name, lines in lengths.items() if lines > 30 and name != "parameters"}
 
     def test_parameters_keep_their_names(self, path):
-        """No parameter's name is used for something else; only output_dir is set once more, below drive_dir."""
-        names = defaults(path).keys() - {"output_dir"}
+        """No parameter's name, of any notebook, is used for something else: the set-up cell, run again, would take it
+        for the parameter. Only output_dir is set once more, below drive_dir.
+        """
+        names = set().union(*map(defaults, NOTEBOOKS)) - {"output_dir"}
         code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code" and cell["id"] != "parameters"]
         stored = {
             node.id

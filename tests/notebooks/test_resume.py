@@ -120,7 +120,6 @@ def test_killed_inference_goes_on_with_the_number_of_its_record(smoke, tmp_path)
     assert whole["parallel"] == 4 and whole["files"].keys() == {"output.jsonl"}
 
 
-@pytest.mark.xfail(reason="fails since the notebooks were folded; open, not understood yet")
 def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
     """All cells, all cells again, and the cells from the results on once more: same answers, scores and metrics."""
     once, again = tmp_path / "once", tmp_path / "again"
@@ -151,6 +150,7 @@ def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
     printed = [output.text for cell in notebook.cells for output in cell.outputs if output.output_type == "stream"]
     assert [text.strip() for text in printed if "already answered" in text] == [
         "0 tasks are already answered, 10 to go",
+        "10 tasks are already answered, 0 to go",
         "10 tasks are already answered, 0 to go",
     ]
     assert (again / "answers.jsonl").read_bytes().count(b"\n") == 10

@@ -255,7 +255,11 @@ def test_dry_run_prints_the_differing_values_and_runs_nothing(folder: Path) -> N
         (SMOKE + "04_rag_inference: {}\n03_sft:\n  learning_rate: 2.0e-4\n", [], "'03_sft' is there twice (line 5)"),
         (SMOKE + "  r: 16\n", [], "'r' is there twice (line 4)"),
         (SMOKE + "04_rag_inference:\n  prompt_style: 2024\n", [], '`prompt_style: "2024"`'),
-        (SMOKE + "04_rag_inference:\n  prompt_style:\n", [], "prompt_style must be '2024' or 'training' or 'chat'; it is None"),
+        (
+            SMOKE + "04_rag_inference:\n  prompt_style:\n",
+            [],
+            "prompt_style must be '2024' or 'training' or 'chat'; it is None",
+        ),
         ("output_dir:\n", [], "without ~ and spaces at its ends; it is None"),
         (
             SMOKE + "  allow_licences: [a, b]\n",
