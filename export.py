@@ -108,8 +108,7 @@ def export(run_dir: str | Path, base_name: str = "") -> dict[str, Any]:
     facts = {"logits": f"differ from base + adapter by {found['merged']:.3f} standard deviations (mean)"}
     published = records.origins(record["inputs"])["model"]["name"]
     card = records.model_card(f"{published}, fine-tuned", record, ["merged"], facts)
-    Path(merged_dir, "README.md").write_text(card, encoding="utf-8")
-    records.write(merged_dir, record)
+    records.write_with_card(merged_dir, record, card)
     print(f"{merged_dir}: {', '.join(sorted(path.name for path in merged_dir.iterdir()))}")
     return record
 
@@ -128,8 +127,7 @@ def export_gguf(run_dir: str | Path, merged: dict[str, Any], kind: str, llama_cp
     record = records.make("export", {"model": source}, {"type": kind}, PACKAGES)
     published = records.origins(record["inputs"])["model"]["name"]
     card = records.model_card(f"{published}, fine-tuned", record, ["gguf"], {})
-    Path(folder, "README.md").write_text(card, encoding="utf-8")
-    records.write(folder, record)
+    records.write_with_card(folder, record, card)
     return target
 
 

@@ -135,8 +135,7 @@ def train_on_preferences(args: argparse.Namespace) -> dict[str, Any]:
     record = helpers.records.make("preferences", inputs, settings, ["torch", "transformers", "peft", "trl"])
     facts = {"rows": len(rows), "pairs": len(pairs), "left out": dict(left_out), "cut": sum(p["cut"] for p in pairs)}
     card = helpers.records.model_card("LoRA adapter, trained on preferences", record, ["peft", "lora", "dpo"], facts)
-    (adapter / "README.md").write_text(card, encoding="utf-8")
-    helpers.records.write(adapter, record)
+    helpers.records.write_with_card(adapter, record, card)
     return {"settings": settings, **facts, "seconds": seconds, "log": trainer.state.log_history}
 
 

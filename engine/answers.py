@@ -238,8 +238,8 @@ def answer_all(
     """The rows (task_id and ROW) of all questions by task_id, and the number of processes that answered.
 
     Answers of an earlier run in the folder of `output_file` are kept (see `kept`), and if there are more to come its
-    `record` is begun (see `begin`). Of several processes (accelerate)
-    each answers its share into a log of its own; the main one returns with all answers, the others end here.
+    `record` is begun (see `begin`). Of several processes (accelerate) each answers its share into a log of its own; the
+    main one returns with all answers, the others end here.
     """
     folder, keys = output_file.parent, {question.task_id: question.key for question in questions}
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -6,6 +6,7 @@ needs no marks for it: of every answer the tokens from the place where the model
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -22,19 +23,20 @@ Turns = Sequence[Mapping[str, str]]  # role ("system", "user" or "assistant") an
 
 
 def load(name: str, revision: str = "") -> list[Turns]:
-    """The conversations of a data set, whatever its form, with the system text of a column `system`; RecipeError names
-    the row that holds none, or no text.
+    """The conversations of a data set, whatever its form, with the system text of a column `system`; prints which forms
+    were read. RecipeError names the row that holds none, or no text.
     """
-    chats = []
+    chats, forms = [], Counter()
     for place, row in files.read_rows(name, revision):
         parsed = parse_row(row)
-        read_pair(place, parsed)  # says what is wrong with it
+        forms[read_pair(place, parsed)[0]] += 1  # or it says what is wrong with the row
         texts = [{"role": turn["role"], "content": turn.get("content")} for turn in parsed.turns]
         if row.get("system") and not any(turn["role"] == "system" for turn in texts):
             texts.insert(0, {"role": "system", "content": row["system"]})
         for number, turn in enumerate(texts, start=1):
             turn["content"] = check_text(f"{place}: turn {number}", turn["content"], or_number=True)
         chats.append(texts)
+    files.print_forms(name, forms)
     return chats
 
 
@@ -106,9 +108,9 @@ def load_tokenizer(sources: Mapping[str, Mapping[str, Any]]) -> PreTrainedTokeni
     return tokenizer
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The texts of all control tokens, such as <eos> or <start_of_turn>."""
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of all control tokens, such as <eos> or <start_of_turn>, by text; some models have thousands."""
+    return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def to_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -121,13 +123,16 @@ def to_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], li
     return (ids, starts) if ids[: len(begin)] == begin else (begin + ids, [0] * len(begin) + starts)
 
 
-def example(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: bool = True) -> Example:
+def example(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, system: bool = True, controls: Mapping[str, int] | None = None
+) -> Example:
     """A conversation as the trainer gets it: all its turns, with a loss on every answer and the end of its turn.
 
-    Without `system` a system text goes before the first question. RecipeError says why a conversation cannot be used.
+    Without `system` a system text goes before the first question. `controls` are the tokenizer's control tokens, where
+    the caller has them. RecipeError says why a conversation cannot be used.
     """
     turns = tidy(turns) if system else without_system(tidy(turns))
-    controls = control_tokens(tokenizer)
+    controls = control_tokens(tokenizer) if controls is None else controls
     for number, turn in enumerate(turns, start=1):
         if held := next((token for token in controls if token in turn["content"]), ""):
             raise RecipeError(f"turn {number} holds the control token {held}, which would end or begin a turn")
@@ -146,7 +151,7 @@ def example(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: bool = Tru
     if not all(text.startswith(before) and text.startswith(after) for before, after in spans):
         raise RecipeError("the chat template writes earlier turns otherwise once others follow")
     ids, starts = to_ids(tokenizer, text)
-    special, labels = set(tokenizer.convert_tokens_to_ids(sorted(controls))), [-100] * len(ids)
+    special, labels = set(controls.values()), [-100] * len(ids)
     for before, after in spans:
         inside = [n for n, start in enumerate(starts) if len(before) <= start < len(after)]
         last = max((n for n in inside if ids[n] in special), default=None)
@@ -161,12 +166,13 @@ def example(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: bool = Tru
 def examples(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Turns]) -> tuple[list[Example], dict[int, str]]:
     """The conversations that can be trained on, and by number (from 0) why others cannot; RecipeError if none can."""
     system, found, problems = prepare(tokenizer), [], {}
+    controls = control_tokens(tokenizer)
     folded = sum(not system and any(turn["role"] == "system" for turn in turns) for turns in chats)
     if folded:
         print(f"{folded:,} system texts stand before the first question, because the chat template refuses them")
     for number, turns in enumerate(tqdm(chats, unit="conversation", mininterval=1)):
         try:
-            found.append(example(tokenizer, turns, system))
+            found.append(example(tokenizer, turns, system, controls))
         except RecipeError as error:
             problems[number] = str(error)
     if not found:
@@ -182,8 +188,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, shots: Sequ
     for shot in reversed(list(shots)):
         turns += [{"role": "user", "content": shot["instruction"]}, {"role": "assistant", "content": shot["response"]}]
     turns.append({"role": "user", "content": instruction})
+    controls = control_tokens(tokenizer)
     for turn in turns:
-        for token in control_tokens(tokenizer):
+        for token in controls:
             turn["content"] = turn["content"].replace(token, token[1:])
     try:
         return to_ids(tokenizer, render(tokenizer, turns, True))[0]

@@ -60,8 +60,8 @@ def chat_template_2024(tokenizer: PreTrainedTokenizerBase) -> str:
     that it is text.
     """
     opening, ending, _ = map(_literal, SFT_PROMPT.split("{}"))
-    special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    words = {"one_question": _literal(ONE_QUESTION), "control": _literal(CONTROL), "control_tokens": _literal(special)}
+    words = {"one_question": _literal(ONE_QUESTION), "control": _literal(CONTROL)}
+    words["control_tokens"] = _literal(sorted(chat.control_tokens(tokenizer)))
     question = "1 + 1 は？\n{答え} を書いて。"
     expected = encode(tokenizer, sft_text(question, "", "")).ids
     begin = "bos_token + " if encode(tokenizer, "").ids else ""

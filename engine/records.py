@@ -40,6 +40,15 @@ def make(stage: str, inputs: Mapping[str, Any], settings: Mapping[str, Any], pac
     return json.loads(json.dumps(record))
 
 
+def write_with_card(product: str | Path, record: Mapping[str, Any], card: str) -> Path:
+    """Write the card and, last, the record of a finished folder or file; returns where the card lies."""
+    product = Path(product)
+    card_file = product / "README.md" if product.is_dir() else product.with_name(f"{product.stem}_card.md")
+    card_file.write_text(card, encoding="utf-8")
+    write(product, record)
+    return card_file
+
+
 def finish(
     product: str | Path, record: Mapping[str, Any], card: str, hub_repo: str, token: str, next_step: tuple[str, str]
 ) -> None:
@@ -48,9 +57,7 @@ def finish(
     `next_step`, such as ("notebook 3", "model"), is who goes on with it and by which parameter: that is printed.
     """
     product, (who, parameter) = Path(product), next_step
-    card_file = product / "README.md" if product.is_dir() else product.with_name(f"{product.stem}_card.md")
-    card_file.write_text(card, encoding="utf-8")
-    write(product, record)
+    card_file = write_with_card(product, record, card)
     if not hub_repo:
         return print(f"{who} finds {product} by the same output_dir and drive_dir")
     if product.is_dir():

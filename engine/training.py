@@ -1,4 +1,4 @@
-"""Training: what the trainer is given, rows without padding, kept layers, noise, and what a training measured."""
+"""Training: what the trainer is given, rows without padding, noise, and what a training measured."""
 
 from __future__ import annotations
 
@@ -134,10 +134,8 @@ def look_at_batch(trainer: Trainer) -> dict[str, Any]:
         padding = ((position == 0).sum().item() - len(first)) / len(position)
     else:
         first, padding = ids[:, 0], 1 - batch["attention_mask"].float().mean().item()
-    expected, begin = (
-        min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset)),
-        encode(tokenizer, "").ids,
-    )
+    expected = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
+    begin = encode(tokenizer, "").ids
     if len(first) != expected or (begin and set(first.tolist()) != set(begin)):
         raise RecipeError(f"{len(first)} texts in a batch of {expected}, which begin with {first.tolist()}")
     return {
