@@ -1,64 +1,57 @@
 """What fits into the window: training texts and tasks that are too long are named before anything is loaded."""
 
-import sys
-import time
-from pathlib import Path
-
-import pandas as pd
 import pytest
-from conftest import run_cell
 from test_reading import ANSWER, QUESTIONS, refusal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import helpers
 
-TINY = "data/tiny/gemma2"
+TOKENIZER = helpers.models.load_tokenizer("data/tiny/gemma2")
+# One text fits, of one the answer is cut, and of one the question alone fills a window of 256 tokens.
+PAIRS = [("山は？", "富士山"), ("山は？", ANSWER * 50), (QUESTIONS[0] * 50, "富士山")]
+
+
+def examples(pairs, loss_on):
+    return [helpers.training_example(TOKENIZER, *pair, loss_on=loss_on) for pair in pairs]
 
 
 @pytest.mark.parametrize("loss_on", ["text", "answer"])
-def test_training_texts_beyond_the_window_are_listed_with_what_happens_to_them(loss_on):
-    """One text fits, of one the answer is cut, and of one the question alone fills the window."""
-    texts = [("山は？", "富士山"), ("山は？", ANSWER * 50), (QUESTIONS[0] * 50, "富士山")]
-    pairs = [{"instruction": question, "response": answer} for question, answer in texts]
-    values = {"helpers": helpers, "pd": pd, "tokenizer": helpers.models.load_tokenizer(TINY), "max_seq_length": 256}
-    values |= {"pairs": pairs, "filtered": pairs[:2], "qa": pairs[2:], "train_file": "a.jsonl", "qa_data": "b.jsonl"}
-    left = run_cell("03_sft", "window", **run_cell("03_sft", "tokenize", **values, loss_on=loss_on))
-    assert len(left["train_rows"]) == (2 if loss_on == "answer" else 3)
-    assert [row[:2] for row in left["too_long"]] == [["a.jsonl", 2], ["b.jsonl", 1]]
-    assert [row[4] for row in left["too_long"]] == ["cut", "left out" if loss_on == "answer" else "cut"]
-    assert [row[3] >= 256 for row in left["too_long"]] == [False, True]
-    assert all(row[2] > 256 for row in left["too_long"])
-    assert all(len(row["input_ids"]) == len(row["labels"]) <= 256 for row in left["train_rows"])
-    assert all(any(label != -100 for label in row["labels"]) for row in left["train_rows"])
-    if loss_on == "answer":
-        values |= {"pairs": pairs[2:], "filtered": [], "loss_on": loss_on}
-        alone = run_cell("03_sft", "tokenize", **values)
-        assert "raise max_seq_length = 256" in refusal(lambda: run_cell("03_sft", "window", **alone))
+def test_training_texts_beyond_the_window_are_cut_or_left_out(loss_on):
+    rows, changed = helpers.cut_examples(examples(PAIRS, loss_on), 256)
+    assert changed == {1: "cut", 2: "left out" if loss_on == "answer" else "cut"}
+    assert len(rows) == (2 if loss_on == "answer" else 3)
+    assert all(len(row["input_ids"]) == len(row["labels"]) <= 256 for row in rows)
+    assert all(any(label != -100 for label in row["labels"]) for row in rows)
 
 
-def window_of_04(task_texts, answers=("富士山",), **values):
-    tasks = [{"task_id": f"問{n}", "input": text} for n, text in enumerate(task_texts)]
-    rows = [{"input": "山は？", "output": answer} for answer in answers]
-    values = {"helpers": helpers, "pd": pd, "model_name": TINY, "inputs": {"model": {"commit": ""}}, "k": 1} | values
-    values |= {"task_rows": tasks, "qa_rows": rows, "prompt_style": "2024", "tasks": "tasks.jsonl"}
-    values |= {"qa_data": "qa.jsonl", "max_seq_length": 512, "max_new_tokens": 128}
-    return run_cell("04_rag_inference", "fitting-examples", **run_cell("04_rag_inference", "window", **values))
+def test_nothing_left_to_learn_is_refused():
+    message = refusal(helpers.cut_examples, examples(PAIRS[2:], "answer"), 256)
+    assert "raise max_seq_length = 256" in message
 
 
-def test_tasks_beyond_the_window_are_named_before_the_model_is_loaded(capsys):
-    began = time.perf_counter()
-    message = refusal(window_of_04, ["山は？", "あ" * 300_000])
-    assert time.perf_counter() - began < 10
-    assert message.startswith("tasks.jsonl: no room to answer task_id 問1 (300,") and "max_seq_length = 512" in message
-    count = window_of_04(["山は？"])["count_tokens"]
-    prompt = count(helpers.build_prompt("", ()))
+def check_tasks(*texts, window=512, longest=128):
+    tasks = [{"task_id": f"問{n}", "input": text} for n, text in enumerate(texts)]
+    prompts = [helpers.encode(TOKENIZER, helpers.build_prompt(text, (), "2024")).ids for text in texts]
+    left = [window - len(prompt) for prompt in prompts]
+    return helpers.answers.check_tasks("tasks.jsonl", tasks, prompts, window, longest), left
+
+
+def test_tasks_without_room_for_an_answer_are_refused():
+    message = refusal(check_tasks, "山は？", "あ" * 3_000)
+    assert message.startswith("tasks.jsonl: no room to answer task_id 問1 (3,") and "max_seq_length = 512" in message
+
+
+def test_tasks_with_little_room_are_named_with_the_room_that_is_left(capsys):
+    (_, (bare,)) = check_tasks("")
     rare = "鬱"  # one token or more for each
-    tokens = count(helpers.build_prompt(rare * 10, ())) - prompt
-    fits = (512 - 16 - prompt) * 10 // tokens
-    left = window_of_04(["山は？", rare * (fits - 5)], ["富士山", ANSWER * 30])
-    assert left["too_long"].keys() == {"問1"} and 16 <= left["room"]["問1"] < 128
-    assert left["qa"] == [{"input": "山は？", "output": "富士山"}]
+    (_, (ten,)) = check_tasks(rare * 10)
+    too_long, left = check_tasks("山は？", rare * ((bare - 16) * 10 // (bare - ten) - 5))
+    assert too_long == ["問1"] and 16 <= left[1] < 128 <= left[0]
+    assert f"answered without shots, in at most as many tokens: {{'問1': {left[1]}}}" in capsys.readouterr().out
+
+
+def test_examples_that_no_prompt_can_hold_are_left_out(capsys):
+    rows = [{"instruction": "山は？", "response": answer} for answer in ("富士山", ANSWER * 30)]
+    assert helpers.answers.check_examples("qa.jsonl", rows, TOKENIZER, 384, 1) == rows[:1]
     said = capsys.readouterr().out
-    assert f"answered without shots, in at most as many tokens: {{'問1': {left['room']['問1']}}}" in said
     assert "1 of 2 examples fit into max_seq_length - max_new_tokens = 384 tokens" in said
-    assert "qa.jsonl: no example fits" in refusal(window_of_04, ["山は？"], [ANSWER * 30])
+    assert "qa.jsonl: no example fits" in refusal(helpers.answers.check_examples, "qa.jsonl", rows[1:], TOKENIZER, 384, 1)
