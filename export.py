@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import attention, formats, gguf, hub, machine, models, records
+from engine import attention, formats, gguf, hub, machine, models, records, shapes
 from helpers import RecipeError, encode, sft_text
 
 PACKAGES = ["torch", "transformers", "peft"]
@@ -38,7 +38,7 @@ def merge(base: str, adapter: str | Path, target: str | Path, revision: str = ""
     config, target = models.text_config(base, revision), Path(target)
     held = sum(path.stat().st_size for path in target.glob("*"))
     free = {"memory": psutil.virtual_memory().available, "disk": held + shutil.disk_usage(target.parent).free}
-    need = 2 * models.empty(config).num_parameters()
+    need = 2 * shapes.empty(config).num_parameters()
     for name, size in free.items():
         if size < 1.1 * need:
             raise RecipeError(f"{target} takes {need / 1e9:.1f} GB, and the {name} has {size / 1e9:.1f} GB: make room")

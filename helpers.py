@@ -976,18 +976,21 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # 6. The door to the rooms
 # --------------------------------------------------------------------------------------------------------------------
 
-ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats", "forms", "gguf")
-ROOMS += ("hub", "judge", "kept_layers", "lora", "machine", "models", "parameters", "reading", "records", "reports")
-ROOMS += ("retrieval", "rules", "slots", "training")
+ROOMS = ("answers", "architectures", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats")
+ROOMS += ("forms", "gguf", "hub", "judge", "kept_layers", "lora", "machine", "models", "parameters", "reading")
+ROOMS += ("records", "reports", "retrieval", "rows", "rules", "shapes", "slots", "training")
 
 if TYPE_CHECKING:  # for editors
-    from engine import answers, attention, chat, checkpoints, decoding, files, folders, formats, forms  # noqa: F401
+    from engine import answers, architectures, attention, chat, checkpoints, decoding, files, folders  # noqa: F401
 
     # isort: split
-    from engine import gguf, hub, judge, kept_layers, lora, machine, models, parameters, reading  # noqa: F401
+    from engine import formats, forms, gguf, hub, judge, kept_layers, lora, machine, models  # noqa: F401
 
     # isort: split
-    from engine import records, reports, retrieval, rules, slots, training  # noqa: F401
+    from engine import parameters, reading, records, reports, retrieval, rows  # noqa: F401
+
+    # isort: split
+    from engine import rules, shapes, slots, training  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -9,19 +9,10 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import PreTrainedConfig
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from helpers import RecipeError
-
-# Models (model_type of config.json) whose attention is what `packed` and `slots.Decoder` compute;
-# tests/test_families.py trains and asks each. Others are trained with padding and answer with their own `generate`.
-KNOWN_MODELS = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-
-
-def check_known(config: PreTrainedConfig) -> None:
-    """RecipeError if the attention of a model may be of another kind than those known here."""
-    if config.model_type not in KNOWN_MODELS:
-        raise RecipeError(f"the attention of {config.model_type} models has not been checked here")
 
 
 def scores_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -47,7 +38,7 @@ def capped(
     keys and values, because the query heads that share a key head stand side by side.
 
     Query (rows, heads, tokens, width), key and value (rows, key heads, columns, width); `unseen`, true where a token
-    does not see a column, broadcasts to (rows, heads, tokens, columns). Returns (rows, heads, tokens, width).
+    does not see a column, broadcasts to (rows, heads, tokens, columns). Returns (rows, heads, tokens, width of values).
     """
     cap = softcap or 1.0
     grouped = (query * (scaling / cap)).reshape(len(key), key.shape[1], -1, query.shape[-1])
@@ -56,7 +47,7 @@ def capped(
         scores = torch.tanh(scores) * cap
     scores = scores.view(*query.shape[:-1], -1).masked_fill(unseen, -torch.inf)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.matmul(weights.view(*grouped.shape[:-1], -1), value).view(query.shape)
+    return torch.matmul(weights.view(*grouped.shape[:-1], -1), value).view(*query.shape[:-1], -1)
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
@@ -85,13 +76,38 @@ def packed(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention for rows that hold several texts end to end, with softcapping and a sliding window.
 
-    A text begins wherever `position_ids` (1, tokens) is 0; no token sees another text. Computed in the first of `ways`.
+    A text begins wherever `position_ids` (1, tokens) is 0; no token sees another text. Layers that do not hand them
+    down are served by `remember_positions`. Computed in the first of `ways`.
     Query (1, heads, tokens, width), key and value (1, key heads, tokens, width); returns (1, tokens, heads, width).
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
     refuse_arguments(others | {"attention_mask": attention_mask})
+    positions = row.positions if position_ids is None else position_ids
+    if positions is None or positions.shape[1] != query.shape[2]:
+        raise RecipeError("this model's attention is not told where a text begins")
     attend, window = ways(query.device)[0], sliding_window or query.shape[2]
-    return attend(query, key, value, position_ids, scaling, softcap, window).transpose(1, 2), None
+    return attend(query, key, value, positions, scaling, softcap, window).transpose(1, 2).contiguous(), None
+
+
+class Row:
+    """The row that a model is reading."""
+
+    positions: torch.Tensor | None = None  # its position_ids (1, tokens)
+
+
+row = Row()
+
+
+def remember_positions(model: PreTrainedModel) -> RemovableHandle:
+    """Keep the `position_ids` of a model's every call in `row`; returns what ends that.
+
+    The hook is one of the decoder inside: peft calls the `forward` of the model itself, which passes its hooks by.
+    """
+
+    def remember(_module: torch.nn.Module, _arguments: Any, named: Mapping[str, Any]) -> None:
+        row.positions = named.get("position_ids")
+
+    return model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
 
 
 def in_one_kernel(

@@ -24,6 +24,7 @@ from transformers.generation import (
 from helpers import RecipeError, encode_within
 
 Model = PreTrainedModel | PeftModel
+LONGEST_BAN = 16  # tokens: no banned string has more in any tokenizer
 Rules = Callable[[torch.Tensor, Any], torch.Tensor]
 # How answers are made: from prompts (token ids) and a function that says how many tokens the answer to prompt number N
 # may have by now, it yields (N, token ids of the answer) in the order in which they finish.
@@ -60,8 +61,10 @@ def apply_rules(process: Rules, history: torch.Tensor, scores: torch.Tensor) -> 
     """`scores` (rows, vocabulary) after the rules of `process` for each row's `history` (rows, tokens).
 
     Where a history holds the number of tokens of the vocabulary, there is none: that is how histories are padded. No
-    real token will do, because the rules would take it for one that was written.
+    real token will do, because the rules would take it for one that was written. Some padding is always there: a ban
+    on several tokens does not look at a history that is shorter than they are.
     """
+    history = torch.nn.functional.pad(history, (LONGEST_BAN, 0), value=scores.shape[1])
     return process(history, torch.nn.functional.pad(scores, (0, 1), value=-torch.inf))[:, :-1]
 
 

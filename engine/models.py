@@ -18,6 +18,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import hub, lora, machine
+from engine import hub, lora, machine, shapes
 from helpers import RecipeError, first_line
 
 Model = PreTrainedModel | PeftModel
@@ -42,120 +43,67 @@ GEMMA_CHAT_TEMPLATE = (
 )
 
 
-def empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a transformers config without its weights: modules, names and shapes, in a moment."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it writes into the config
-    model.tie_weights()
-    return model
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """The linear layers of a model's blocks by their full names: what 4 bit shrinks and what LoRA stands beside."""
-    head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-
-
-def lora_targets(config: PreTrainedConfig) -> list[str]:
-    """The names of a block's linear layers, for LoRA; RecipeError lists matrices beyond its reach, such as experts."""
-    model = empty(config)
-    linear = linear_layers(model)
-    known = [*linear.values(), model.get_input_embeddings(), model.get_output_embeddings()]
-    reached = {id(module.weight) for module in known}
-    beyond = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
-    if beyond:
-        names = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in beyond}))
-        raise RecipeError(
-            f"{config.model_type}: LoRA does not reach {names}, which would stay untrained without a word; choose a "
-            "model of another kind"
-        )
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-
-
 def check_gpu(config: PreTrainedConfig, gpu: bool, limit: float = 1.5e9) -> None:
     """RecipeError for a model of more than `limit` weights on a machine without a GPU; tied embeddings count once."""
-    if not gpu and (weights := empty(config).num_parameters()) > limit:
+    if not gpu and (weights := shapes.empty(config).num_parameters()) > limit:
         raise RecipeError(
             f"no GPU here, and the model has {weights / 1e9:.1f} billion weights: in Colab choose Runtime > Change "
             "runtime type > A100, or try the series on a CPU with `make smoke`"
         )
 
 
-def cache_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Layers, key heads and head width: how much a model stores of every token that it has read."""
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return config.num_hidden_layers, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
-def estimate_memory(
-    config: PreTrainedConfig,
-    *,
-    four_bit: bool,
-    r: int = 0,
-    batch_size: int = 0,
-    length: int = 0,
-    slots: int = 0,
-    columns: int = 0,
-) -> dict[str, float]:
-    """GiB of GPU memory that a run will need at its peak, part by part, from the model's transformers config.
-
-    `r` is the rank of the adapter. Training: rows of `batch_size` texts of `length` tokens, gradient checkpointing,
-    loss in chunks. Answering: `slots` answers of `columns` tokens. Measured peaks (benchmarks/RESULTS.md) are met
-    within 7 %; with unsloth, which keeps less, it is an upper bound.
-    """
-    model = empty(config)
-    linear = linear_layers(model).values()
-    in_linear = sum(module.weight.numel() for module in linear)
-    adapter = r * sum(module.in_features + module.out_features for module in linear)
-    tokens = batch_size * length
-    layers, key_heads, width = cache_shape(config)
-    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    gib = {
-        # NF4 with double quantization: 4.127 bits per weight of a linear layer. Embeddings and experts stay in 16 bit.
-        "weights": in_linear * (4.127 / 8 if four_bit else 2) + 2 * (model.num_parameters() - in_linear),
-        # Weights and gradients in float32 and two moments of a byte each; 16 bit and nothing else for answering.
-        "adapter": adapter * (10 if tokens else 2),
-        # One hidden state a layer is kept; of one layer at a time five tensors of the MLP are alive.
-        "activations": tokens * (2 * layers * config.hidden_size + 5 * 2 * inner),
-        "keys and values": 4 * layers * key_heads * width * slots * columns,
-        # Expanded matrices, a chunk of the loss, a prompt's forward pass, CUDA itself: at the size of 27B.
-        "working memory": 3 * 2**30,
-    }
-    return {part: round(size / 2**30, 2) for part, size in gib.items()}
-
-
 def text_config(name: str, revision: str = "", max_seq_length: int = 0) -> PreTrainedConfig:
-    """The transformers config of a model, read before its weights; of a multimodal Gemma 3 that of its text part.
-
-    Raises RecipeError for a model that is known not to fit the recipe, or that cannot read `max_seq_length` tokens.
+    """The transformers config of a model, read before its weights; of a multimodal one, which is said, that of its text
+    part. RecipeError for what is no causal language model, or cannot read `max_seq_length` tokens.
     """
+    whole, config = read_configs(name, revision, max_seq_length)
+    if config is not whole:
+        print(f"{name}: the text part of {whole.model_type} is used{left_behind(whole, config)}")
+    return config
+
+
+def read_configs(name: str, revision: str, max_seq_length: int) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """The transformers config of a model, and that of its text part (see `text_config`); often they are the same."""
     hub.find_model(name, revision)
     try:
         whole = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)
+        config = whole.get_text_config(decoder=True)
     except Exception as error:
         raise RecipeError(f"{name}: its config.json cannot be used ({first_line(error)})") from None
-    config = whole.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    longest = getattr(config, "max_position_embeddings", None) or max_seq_length
-    problem = ""
+    longest = readable_tokens(config)
     if whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        problem = f"{whole.model_type} is not a causal language model"
-    elif config is not whole and config.model_type != "gemma3_text":
-        problem = f"{whole.model_type} reads more than text; of such models only the text part of Gemma 3 is known here"
-    elif kinds or empty(config)._is_stateful:
-        problem = f"it has layers that are not attention ({', '.join(sorted(kinds)) or 'with a state of their own'})"
-    elif max_seq_length > longest:
-        problem = f"it reads at most {longest} tokens: lower max_seq_length ({max_seq_length})"
+        raise RecipeError(f"{name}: {whole.model_type} is not a causal language model")
+    if longest and max_seq_length > longest:
+        raise RecipeError(f"{name}: it reads at most {longest} tokens: lower max_seq_length ({max_seq_length})")
+    if config is not whole:  # what the wrapper says of its text part
+        config.tie_word_embeddings = whole.tie_word_embeddings
+        if hasattr(whole, "quantization_config"):
+            config.quantization_config = whole.quantization_config
+    return whole, config
+
+
+def readable_tokens(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model can read, None if there is no limit.
+
+    Where rotations depend on a text's length, one long text would change the others of its batch: then it is the
+    length up to which they do not.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    longest = getattr(config, "max_position_embeddings", None)
+    if any(kind.get("rope_type") == "longrope" for kind in (rope, *rope.values()) if isinstance(kind, Mapping)):
+        return min(filter(None, (longest, getattr(config, "original_max_position_embeddings", None))), default=None)
+    return longest
+
+
+def left_behind(whole: PreTrainedConfig, config: PreTrainedConfig) -> str:
+    """What a multimodal model has beside its text part, such as a tower for pictures, by its size."""
     try:
-        cache_shape(config)
-    except Exception as error:  # Gemma 4
-        problem = problem or f"its layers differ in their sizes ({first_line(error)})"
-    if problem:
-        raise RecipeError(f"{name}: {problem}")
-    if config is not whole and hasattr(whole, "quantization_config"):
-        config.quantization_config = whole.quantization_config
-    return config
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(copy.deepcopy(whole), trust_remote_code=False)
+        weights = model.num_parameters() - shapes.empty(config).num_parameters()
+    except Exception:  # it reads something else, sounds for one
+        return ""
+    return f", without its other {weights / 1e6:,.0f} million weights"
 
 
 def load_tokenizer(name: str, revision: str = "") -> PreTrainedTokenizerBase:
@@ -199,8 +147,8 @@ def load_weights(name: str, config: PreTrainedConfig, **options: Any) -> PreTrai
 
     Raises RecipeError if tensors are missing, which transformers would fill with random numbers.
     """
-    if config.model_type == "gemma3_text":  # names in the weights of a multimodal Gemma 3
-        options["key_mapping"] = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+    # The names in the weights of a multimodal model become those of its text part.
+    options["key_mapping"] = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
     options |= {"config": config, "output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name, **options)
@@ -238,10 +186,10 @@ def load(
     another model than `name` was loaded.
     """
     machine.start_engine(engine)
-    config = text_config(name, revision, max_seq_length)
+    _, config = read_configs(name, revision, max_seq_length)
     gpu = torch.cuda.is_available()
     check_gpu(config, gpu)
-    if not gpu and empty(config).num_parameters() < 1e7:
+    if not gpu and shapes.empty(config).num_parameters() < 1e7:
         torch.set_num_threads(1)  # the tiny models' matrices are too small to share: a second thread only waits
     tokenizer = load_tokenizer(name, revision)
     options = {"dtype": getattr(torch, dtype), "revision": revision or None}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from engine import attention, models
-from engine.decoding import Decoding, Model, apply_rules, in_batches
+from engine import attention, shapes
+from engine.decoding import Decoding, Model, apply_rules
 
 
 def slot_attention(
@@ -23,19 +23,18 @@ def slot_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     position_ids: torch.Tensor | None = None,
-    slot_decoder: Decoder | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention of a `Decoder`; returns (rows, tokens, heads, width).
+    """The attention of the `Decoder` that is at work; returns (rows, tokens, heads, width).
 
     One new token per row: query (rows, heads, 1, width), key and value (rows, key heads, columns, width).
     One prompt: `attention.packed` with a single text.
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
     attention.refuse_arguments(others | {"attention_mask": attention_mask})
-    if slot_decoder.slot is None:
-        unseen = slot_decoder.unseen(sliding_window)
-        return attention.capped(query, key, value, unseen, scaling, softcap).transpose(1, 2), None
+    if Decoder.at_work.slot is None:
+        unseen = Decoder.at_work.unseen(sliding_window)
+        return attention.capped(query, key, value, unseen, scaling, softcap).transpose(1, 2).contiguous(), None
     return attention.packed(module, query, key, value, None, scaling, softcap, sliding_window, position_ids)
 
 
@@ -46,22 +45,21 @@ class Decoder:
     does not matter to attention, because positions are rotated into the keys before they are stored; `positions`
     (slots, columns) says which token a column holds, -1 for none. So a new prompt can take over one slot while the
     others go on: it is read alone, without padding, into the columns just before the next one.
-    Memory: 2 x layers x key heads x head width x columns values per slot.
+    Memory: see `shapes.values_per_token`, times the columns, per slot.
 
     On a GPU the decoding step is recorded once as a CUDA graph and replayed: launched one by one its thousands of
     small kernels would take longer than they run.
     """
 
+    at_work: Decoder  # the one whose model is called: not every model hands arguments of ours down to its attention
+
     def __init__(self, model: Model, slots: int, columns: int):
         AttentionInterface.register("slots", slot_attention)
         self.model, self.device = model, model.device
         self.config = model.config.get_text_config()
-        attention.check_known(self.config)
         self.own_attention, self.config._attn_implementation = self.config._attn_implementation, "slots"
-        layers, key_heads, width = models.cache_shape(self.config)
-        shape = (slots, key_heads, columns, width)
-        self.keys = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(layers)]
+        self.keys: dict[int, torch.Tensor] = {}  # by layer, made by the first prompt: layers may differ in shape
+        self.values: dict[int, torch.Tensor] = {}
         # A recorded step reads and writes these tensors, so they keep their place.
         self.positions = torch.full((slots, columns), -1, device=self.device)
         self.column = torch.zeros(1, dtype=torch.long, device=self.device)  # the next one to be written
@@ -123,8 +121,9 @@ class Decoder:
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, slot: int | None, columns: torch.Tensor
     ) -> torch.Tensor:
-        """Run the model over new tokens of one slot or (None) of all; both arguments reach `slot_attention`."""
+        """Run the model over new tokens of one slot or (None) of all."""
         self.slot, self.columns = slot, columns
+        Decoder.at_work, attention.row.positions = self, positions
         with torch.no_grad():
             return self.model(
                 input_ids=tokens,
@@ -132,7 +131,6 @@ class Decoder:
                 past_key_values=self,
                 use_cache=True,
                 logits_to_keep=1,
-                slot_decoder=self,
             ).logits[:, -1]
 
     def update(
@@ -140,15 +138,18 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values of `layer` and return those to attend to; the model calls this as a cache's own."""
         rows = slice(None) if self.slot is None else slice(self.slot, self.slot + 1)
-        self.keys[layer][rows].index_copy_(2, self.columns, key)
-        self.values[layer][rows].index_copy_(2, self.columns, value)
+        for stored, new in ((self.keys, key), (self.values, value)):
+            if layer not in stored:
+                shape = (len(self.positions), new.shape[1], self.positions.shape[1], new.shape[3])
+                stored[layer] = new.new_zeros(shape)
+            stored[layer][rows].index_copy_(2, self.columns, new)
         return (self.keys[layer], self.values[layer]) if self.slot is None else (key, value)
 
 
-def scores_agree(model: Model, prompt: Sequence[int], steps: int = 4) -> bool:
-    """Whether a `Decoder` gives the model's own scores for the last `steps` tokens of a prompt.
+def problem(model: Model, prompt: Sequence[int], steps: int = 4) -> str:
+    """Why a `Decoder` does not give the model's own scores for the last `steps` tokens of a prompt; "" if it does.
 
-    If not, a line says why. Long prompts are cut to 1,024 tokens: eager attention holds the scores of all pairs.
+    Long prompts are cut to 1,024 tokens: eager attention holds the scores of all pairs.
     """
     ids = torch.tensor([prompt[:1024]], device=model.device)
     with torch.no_grad():
@@ -164,9 +165,7 @@ def scores_agree(model: Model, prompt: Sequence[int], steps: int = 4) -> bool:
         agree = attention.scores_agree(torch.cat(found), expected)
         return "" if agree else "slots give other scores than the model alone"
 
-    if problem := attention.find_way(model.device, attempt):
-        print(f"{problem}: the model answers with its own generate(), in batches")
-    return not problem
+    return attention.find_way(model.device, attempt)
 
 
 def that_fit(model: Model, columns: int, wanted: int, reserve: float = 3.0) -> int:
@@ -176,8 +175,7 @@ def that_fit(model: Model, columns: int, wanted: int, reserve: float = 3.0) -> i
     """
     if model.device.type != "cuda":
         return wanted
-    layers, key_heads, width = models.cache_shape(model.config.get_text_config())
-    slot = 2 * layers * key_heads * width * columns * model.dtype.itemsize
+    slot = shapes.values_per_token(model.config.get_text_config()) * columns * model.dtype.itemsize
     torch.cuda.empty_cache()
     for slots in range(wanted, 1, -1):
         try:
@@ -234,15 +232,3 @@ def answer(
                     yield index, written
     finally:
         decoder.close()
-
-
-def choose(
-    model: Model, engine: str, prompts: Sequence[Sequence[int]], longest_answer: int, wanted: int
-) -> tuple[Callable[..., Iterator[tuple[int, list[int]]]], int]:
-    """How to answer, `answer` or `in_batches`, and how many prompts (token ids) at a time: `wanted`, 0 for as many as
-    fit. Slots need the engine transformers, and to give the model's own scores for the first prompt.
-    """
-    if engine != "transformers" or not scores_agree(model, prompts[0]):
-        return in_batches, wanted or 16
-    columns = max(map(len, prompts)) + longest_answer
-    return answer, that_fit(model, columns, wanted or 64)

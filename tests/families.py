@@ -129,11 +129,16 @@ def phi_tokenizer():
 
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-# Family: class of its config, values, tokenizer.
+LINEAR = ["linear_attention", "full_attention", "linear_attention"]
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "sliding_window": 24}
+GEMMA4 |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+SHARED = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 2560}
+# Family: class of its config, values, tokenizer. A multimodal one's values are those of its text part.
 FAMILIES = {
     "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 4}, gemma_tokenizer),
     "gemma3_text": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 24, "layer_types": MIXED}, gemma_tokenizer),
-    "gemma3": ("Gemma3Config", {"head_dim": 32, "sliding_window": 24, "layer_types": MIXED}, gemma_tokenizer),
     "llama3": ("LlamaConfig", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, llama3_tokenizer),
     "llm-jp": ("LlamaConfig", {}, llmjp_tokenizer),
     "mistral": ("MistralConfig", {"sliding_window": 24}, llama2_tokenizer),
@@ -145,9 +150,30 @@ FAMILIES = {
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}, qwen_tokenizer),
     "phi3": ("Phi3Config", {"sliding_window": 24}, phi_tokenizer),
+    "olmo3": ("Olmo3Config", {"sliding_window": 24, "layer_types": MIXED}, llama3_tokenizer),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}, llama3_tokenizer),
+    "qwen3 moe": ("Qwen3MoeConfig", EXPERTS | {"head_dim": 32}, qwen_tokenizer),
+    "gpt-oss": ("GptOssConfig", EXPERTS | {"head_dim": 32, "sliding_window": 24}, llama3_tokenizer),
+    "gemma3": ("Gemma3Config", {"head_dim": 32, "sliding_window": 24, "layer_types": MIXED}, gemma_tokenizer),
+    "gemma4": ("Gemma4Config", GEMMA4 | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}, gemma_tokenizer),
+    "gemma4 e4b": ("Gemma4Config", GEMMA4 | SHARED, gemma_tokenizer),
+    "qwen3.5": ("Qwen3_5Config", {"head_dim": 32, "layer_types": LINEAR, **DELTA}, qwen_tokenizer),
+    "mistral3": ("Mistral3Config", {"head_dim": 16, "model_type": "mistral"}, llama2_tokenizer),
+    "ministral3": ("Mistral3Config", {"head_dim": 16, "model_type": "ministral3"}, llama2_tokenizer),
 }
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14, "vision_use_head": False}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 14,
+}
+WRAPPERS = {
+    "Gemma3Config": {"image_size": 28, "vision_use_head": False},
+    "Gemma4Config": {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+    "Qwen3_5Config": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16},
+    "Mistral3Config": {"image_size": 28},
+}
 
 
 def make_checkpoint(family: str, folder: Path, **changes) -> Path:
@@ -159,10 +185,12 @@ def make_checkpoint(family: str, folder: Path, **changes) -> Path:
     tokenizer, kind = make_tokenizer(), getattr(transformers, name)
     special = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     values = SIZES | {"vocab_size": len(tokenizer)} | special | values | changes
-    if name == "Gemma3Config":
-        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
-        config = kind(text_config=values, vision_config=VISION, mm_tokens_per_image=4)
-        model_class = transformers.Gemma3ForConditionalGeneration
+    if name in WRAPPERS:
+        if "layer_types" in values:
+            values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+        sizes = {"mm_tokens_per_image": 4} if family == "gemma3" else {}
+        config = kind(text_config=values, vision_config=VISION | WRAPPERS[name], **sizes)
+        model_class = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
     else:
         config = kind(**values)
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
@@ -226,15 +254,21 @@ def run_series(checkpoint: Path, folder: Path, engine: str) -> dict[str, dict]:
     }
 
 
-def greedy(model, prompt: list[int], limit: int, process, stop) -> list[int]:
-    """The plainest loop: the whole text through the model for every token, no cache, no padding, no batch."""
+def greedy(model, prompt: list[int], limit: int, process, stop, penalize_prompt: bool) -> list[int]:
+    """The plainest loop: the whole text through the model for every token, no cache, no padding, no batch.
+
+    A ban on several tokens does not look at a history that is shorter, so a token that is never banned leads it.
+    """
     import torch
 
     ids = torch.tensor([prompt], device=model.device)
     for _ in range(limit):
         with torch.no_grad():
             scores = model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        ids = torch.cat([ids, process(ids, scores).argmax(-1)[:, None]], dim=1)
+        seen = ids[:, 0 if penalize_prompt else len(prompt) :]
+        seen = torch.cat([torch.full((1, 9), scores.shape[1]), seen], dim=1)
+        more = torch.cat([scores, torch.full((1, 1), -torch.inf)], dim=1)
+        ids = torch.cat([ids, process(seen, more).argmax(-1)[:, None]], dim=1)
         if stop(ids[:, len(prompt) :], None)[0]:
             break
     return ids[0, len(prompt) :].tolist()
@@ -245,27 +279,41 @@ def rules(tokenizer, ends: list[int]):
     return helpers.decoding.token_rules(tokenizer, ends, 1.1, helpers.BANNED_WORDS, "\n### 質問")
 
 
+TASKS = [task["input"] for task in helpers.files.load_tasks("data/sample/tasks.jsonl")]
+# From one token to far beyond a window of 24.
 PROMPTS = [
-    helpers.build_prompt(task["input"], [], "2024") for task in helpers.files.load_tasks("data/sample/tasks.jsonl")[:6]
+    "山",
+    "山は？",
+    "日本で一番高い山はどこですか。",
+    *(helpers.build_prompt(task, [], "2024") for task in TASKS[:6]),
 ]
 
 
-def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, list[list[int]]]:
-    """Answers in float32 with the plain loop, in slots (engine transformers) and in batches, in the prompts' order."""
+def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, tuple[int, int]]:
+    """Answers in float32 in slots (engine transformers, where the architecture allows it) and in batches: how many are
+    those of the plain loop, and how many there are, with 1, 3 and 8 prompts at a time, `penalize_prompt` on and off.
+    """
+    config = helpers.models.text_config(str(checkpoint))
     model, tokenizer = helpers.models.load(str(checkpoint), engine, max_seq_length=2048, dtype="float32")
     if adapter:
         model = helpers.models.load_adapter(model, adapter)
     model.eval()
     prompts, ends = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS], model.generation_config.eos_token_id
-    found = {"loop": [greedy(model, prompt, 16, *rules(tokenizer, ends)) for prompt in prompts]}
-    process, stop = rules(tokenizer, ends)
-    ways = {"slots": helpers.slots.answer, "batches": helpers.decoding.in_batches}
-    if engine != "transformers" or not helpers.slots.scores_agree(model, prompts[0]):
-        del ways["slots"]
-    for name, generate in ways.items():
-        decoding = helpers.decoding.Decoding(3, process, stop, penalize_prompt=True)
-        answers = dict(generate(model, prompts, lambda _: 16, decoding))
-        found[name] = [answers[i] for i in range(len(prompts))]
+    prompts[0], process = prompts[0][-1:], rules(tokenizer, ends)
+    ways = {"batches": helpers.decoding.in_batches}
+    if engine == "transformers" and helpers.architectures.examine(config).slots:
+        assert not helpers.slots.problem(model, prompts[-1])
+        ways["slots"] = helpers.slots.answer
+    found = {way: (0, 0) for way in ways}
+    for whole in (True, False):  # penalize_prompt
+        loop = [greedy(model, prompt, 12, *rules(tokenizer, ends), whole) for prompt in prompts]
+        for way, answer in ways.items():
+            for parallel in (1, 3, 8):
+                decoding = helpers.decoding.Decoding(parallel, *process, penalize_prompt=whole)
+                answers = dict(answer(model, prompts, lambda _: 12, decoding))
+                equal, number = found[way]
+                equal += sum(answers[i] == expected for i, expected in enumerate(loop))
+                found[way] = equal, number + len(loop)
     return found
 
 
@@ -274,10 +322,10 @@ def row_difference(checkpoint: Path) -> float | None:
     import torch
 
     model, tokenizer = helpers.models.load(str(checkpoint), "transformers", max_seq_length=2048, dtype="float32")
-    texts = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS[:3]]
+    texts = [helpers.encode(tokenizer, prompt).ids for prompt in PROMPTS[-3:]]
     with torch.no_grad():
         alone = torch.cat([model(torch.tensor([ids]), use_cache=False).logits[0] for ids in texts])
-        if not helpers.training.try_without_padding(model, texts):
+        if not helpers.rows.switch_on(model, texts):
             return None
         row = torch.tensor([[token for ids in texts for token in ids]])
         positions = torch.cat([torch.arange(len(ids)) for ids in texts])[None]
@@ -291,7 +339,7 @@ def untrained(folder: Path, model) -> int:
 
     weights = load_file(folder / "adapter_model.safetensors")
     trained = {name.split(".lora_B")[0].removeprefix("base_model.model.") for name, w in weights.items() if w.any()}
-    return len(helpers.models.linear_layers(helpers.models.empty(model)).keys() - trained)
+    return len(helpers.shapes.linear_layers(helpers.shapes.empty(model)).keys() - trained)
 
 
 def table_row(family: str, engine: str, folder: Path) -> dict[str, str]:
@@ -310,12 +358,9 @@ def table_row(family: str, engine: str, folder: Path) -> dict[str, str]:
     if engine == "transformers":
         difference = row_difference(checkpoint)
         row["row against texts alone"] = "padded" if difference is None else f"{difference:.1e}"
-    base = folder / "run/quantized" if family == "gemma3" and engine == "unsloth" else checkpoint
-    found = answers_of(base, engine, str(folder / "run/adapter"))
-    for way in ("slots", "batches"):
-        if way in found:
-            equal = sum(a == b for a, b in zip(found[way], found["loop"], strict=True))
-            row[f"{way} equal to the loop"] = f"{equal} of {len(found['loop'])}"
+    base = folder / "run/quantized" if FAMILIES[family][0] in WRAPPERS and engine == "unsloth" else checkpoint
+    for way, (equal, number) in answers_of(base, engine, str(folder / "run/adapter")).items():
+        row[f"{way} equal to the loop"] = f"{equal} of {number}"
     return row
 
 

@@ -70,7 +70,7 @@ def test_rotary_values_stand_where_both_generations_look(kind, rope, old, tmp_pa
     helpers.files.write_json(tmp_path / "config.json", found)
     again = AutoConfig.from_pretrained(tmp_path)
     ids = torch.arange(64)[None]
-    rotary = [helpers.models.empty(c).base_model.rotary_emb for c in (config, again)]
+    rotary = [helpers.shapes.empty(c).base_model.rotary_emb for c in (config, again)]
     tables = [type(r)(c)(torch.zeros(1, 64, 16), ids) for r, c in zip(rotary, (config, again), strict=True)]
     torch.testing.assert_close(tables[0], tables[1], rtol=0, atol=0)
 

@@ -60,9 +60,9 @@ def test_control_tokens_in_a_text_stay_text():
 
 def test_texts_of_a_step_are_dealt_out_to_even_rows():
     lengths = torch.randint(20, 2000, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = helpers.training.even_rows(range(32), lengths, 8)
+    rows = helpers.rows.even_rows(range(32), lengths, 8)
     assert sorted(text for row in rows for text in row) == [*range(32)]
     assert [len(row) for row in rows] == [8] * 4
     sums = [sum(lengths[text] for text in row) for row in rows]
     assert max(sums) < 1.05 * min(sums)
-    assert [len(row) for row in helpers.training.even_rows(range(3), lengths, 8)] == [3]
+    assert [len(row) for row in helpers.rows.even_rows(range(3), lengths, 8)] == [3]

@@ -177,7 +177,7 @@ def test_configs_of_models(room, content):
     (folder / "config.json").write_bytes(content)
     config = outcome(helpers.models.text_config, str(folder), max_seq_length=64)
     if config is not None:
-        outcome(helpers.models.lora_targets, config)
+        outcome(helpers.shapes.lora_targets, config)
     assert everything(folder) == {folder / "config.json": content}
 
 

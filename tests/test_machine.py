@@ -65,7 +65,7 @@ class TestFit:
         ],
     )
     def test_agrees_with_the_measured_peaks(self, settings, measured):
-        need = helpers.models.estimate_memory(config("google/gemma-2-27b"), four_bit=True, r=64, **settings)
+        need = helpers.shapes.estimate_memory(config("google/gemma-2-27b"), four_bit=True, r=64, **settings)
         assert sum(need.values()) == pytest.approx(measured, rel=0.07)
 
     @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ class TestFit:
         ],
     )
     def test_agrees_with_the_measured_peaks_of_another_family(self, name, settings, measured):
-        need = helpers.models.estimate_memory(config(name), four_bit=True, **settings)
+        need = helpers.shapes.estimate_memory(config(name), four_bit=True, **settings)
         assert sum(need.values()) == pytest.approx(measured, rel=0.08)
 
     def test_unquantized_weights_cost_more(self):
-        need = helpers.models.estimate_memory(config("google/gemma-2-27b"), four_bit=False, r=64)
+        need = helpers.shapes.estimate_memory(config("google/gemma-2-27b"), four_bit=False, r=64)
         assert need["weights"] == pytest.approx(27.2e9 * 2 / 2**30, rel=0.01)
 
     @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ class TestFit:
         run = yaml.safe_load((ROOT / f"data/runs/{run_file}.yaml").read_text(encoding="utf-8"))
         values = {"r": 64, "max_seq_length": 2048, "per_device_train_batch_size": 4, "engine": "transformers"}
         values |= {"base_model": "google/gemma-2-27b"} | run["01_quantize"] | run["03_sft"]
-        need = helpers.models.estimate_memory(
+        need = helpers.shapes.estimate_memory(
             config(values["base_model"]),
             four_bit=True,
             r=values["r"],
@@ -114,7 +114,7 @@ class TestFit:
 
     def test_report_names_what_to_change(self):
         t4 = {"name": "Tesla T4", "free_gib": 14.6, "compute_capability": 7.5}
-        need = helpers.models.estimate_memory(
+        need = helpers.shapes.estimate_memory(
             config("google/gemma-2-27b"), four_bit=True, r=64, batch_size=4, length=2048
         )
         lines = helpers.machine.fit_report(t4, need, "lower the batch")

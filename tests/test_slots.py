@@ -5,7 +5,6 @@ import pytest
 import torch
 from test_attention import model  # noqa: F401, a fixture
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     LogitsProcessorList,
     NoBadWordsLogitsProcessor,
@@ -14,42 +13,38 @@ from transformers import (
 
 import helpers
 
-GPT_OSS = {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
-
-
-@pytest.mark.parametrize(
-    ("family", "values", "known", "said"),
-    [
-        ("Olmo3Config", {"sliding_window": 24}, False, "the attention of olmo3 models has not been checked here"),
-        # As if these two were known: the check finds out.
-        ("GptOssConfig", GPT_OSS, True, "attention uses s_aux"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, True, "other scores"),
-    ],
-)
-def test_other_attention_is_left_to_the_model_itself(tmp_path, capsys, monkeypatch, family, values, known, said):
-    """Then rows are padded, and generate() answers like the loop; a line says why."""
-    checkpoint = families.make_checkpoint(family, tmp_path, **values)
-    if known:
-        monkeypatch.setattr(helpers.attention, "KNOWN_MODELS", (AutoConfig.from_pretrained(checkpoint).model_type,))
-    assert families.row_difference(checkpoint) is None
-    printed = capsys.readouterr().out
-    assert said in printed and "texts are padded instead" in printed
-    if family != "gemma3_text":  # a model that sees the tokens to come cannot write
-        found = families.answers_of(checkpoint, "transformers")
-        printed = capsys.readouterr().out
-        assert said in printed and "answers with its own generate()" in printed
-        assert "slots" not in found and found["batches"] == found["loop"]
-
 
 def test_both_engines_end_at_all_end_tokens_of_the_model(tmp_path):
     """A list of end tokens in the generation config, with a pad token that is one of them."""
     checkpoint = families.make_checkpoint("qwen2.5", tmp_path)
-    before = families.answers_of(checkpoint, "transformers")["loop"]
-    ends = [0, before[0][2]]
+
+    def loop(ends):
+        own, tokenizer = helpers.models.load(str(checkpoint), "transformers", max_seq_length=2048, dtype="float32")
+        prompt = helpers.encode(tokenizer, families.PROMPTS[-1]).ids
+        return families.greedy(own, prompt, 12, *families.rules(tokenizer, ends), penalize_prompt=True)
+
+    before = loop([0])
+    ends = [0, before[2]]
     GenerationConfig(eos_token_id=ends, pad_token_id=0, **families.GENERATION).save_pretrained(checkpoint)
+    assert loop(ends) == before[: before.index(ends[1]) + 1]
     found = families.answers_of(checkpoint, "transformers")
-    assert found["slots"] == found["batches"] == found["loop"]
-    assert found["loop"][0] == before[0][: before[0].index(ends[1]) + 1]
+    assert found.keys() == {"slots", "batches"} and all(equal == number for equal, number in found.values())
+
+
+@pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])
+def test_a_banned_string_cannot_begin_an_answer(tmp_path, generate):
+    """One of two tokens, with a history that begins with the answer."""
+    checkpoint = families.make_checkpoint("qwen3", tmp_path)
+    own, _ = helpers.models.load(str(checkpoint), "transformers", max_seq_length=512, dtype="float32")
+    never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
+
+    def answer(*rules):
+        decoding = helpers.decoding.Decoding(1, LogitsProcessorList(rules), never, penalize_prompt=False)
+        return dict(generate(own, [[5, 6, 7]], lambda _: 4, decoding))[0]
+
+    free = answer()
+    banned = answer(NoBadWordsLogitsProcessor([free[:2]], eos_token_id=None))
+    assert banned[0] == free[0] and banned[1] != free[1]
 
 
 @pytest.mark.parametrize("generate", [helpers.slots.answer, helpers.decoding.in_batches])

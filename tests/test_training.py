@@ -21,7 +21,7 @@ def test_noise_without_padding_is_that_of_a_padded_batch():
     model = Gemma2ForCausalLM(Gemma2Config(**config, num_attention_heads=2, num_key_value_heads=1)).train()
     embeddings = model.get_input_embeddings()
     activate_neftune(model, 5)
-    helpers.training.noise_as_with_padding(model, 5)
+    helpers.rows.noise_as_with_padding(model, 5)
     noise = []
     clean = embeddings.weight.data * embeddings.embed_scale
     embeddings.register_forward_hook(lambda _m, ids, out: noise.append((out - clean[ids[0]]).abs().max().item()))
@@ -47,7 +47,7 @@ def test_even_rows_hold_every_text_once_in_each_epoch_whatever_the_number_of_pro
     class Trainer:
         args, train_dataset = Args, {"input_ids": [[0] * length for length in range(1, 101)]}
 
-    helpers.training.balance_rows(Trainer)
+    helpers.rows.balance(Trainer)
     sampler = Trainer._get_train_sampler(None)
     epochs = [list(sampler)]
     sampler.set_epoch(1)

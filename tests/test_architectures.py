@@ -1,0 +1,118 @@
+"""What an architecture allows: found on a tiny random model, for every kind of model that transformers knows."""
+
+import families
+import pytest
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText, logging
+
+import helpers
+from helpers import RecipeError
+
+logging.set_verbosity_error()
+
+# By model_type, with the values that transformers gives a config of this class.
+NAMES = """afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v3 diffllama ernie4_5
+ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text gemma4_text gemma4_unified_text glm glm4 glm4_moe
+glm4_moe_lite gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hy_v3 hyperclovax jais2 laguna lfm2 llama
+mellum minicpm3 minimax_m2 minimax_m3_vl_text ministral3 mistral mixtral modernbert-decoder nanochat olmo olmo2 olmo3
+olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+vaultgemma youtu"""
+PADDED_NAMES = """bloom codegen falcon gpt_neo gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa llama4_text
+mimo_v2_flash minimax mpt olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next roformer xglm"""
+FULL, PADDED = NAMES.split(), PADDED_NAMES.split()
+KINDS = {kind.model_type: kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING}
+
+
+def default_config(model_type):
+    """The config of a causal language model with the values of its class; None for another kind, or without values."""
+    try:
+        config = KINDS[model_type]()
+    except Exception:  # two models for music: "text_encoder: None"
+        return None
+    text = config.get_text_config(decoder=True)
+    return None if config.is_encoder_decoder or text is not config else config
+
+
+@pytest.mark.parametrize("model_type", sorted(filter(default_config, KINDS)))
+def test_every_model_type_runs_or_is_refused_in_one_line(model_type):
+    config = default_config(model_type)
+    try:
+        found = helpers.architectures.examine(config)
+    except RecipeError as error:
+        assert model_type not in FULL + PADDED and "\n" not in str(error)
+        return
+    assert found.batches
+    assert (found.rows and found.slots) == (model_type in FULL)
+    assert not found.rows or model_type not in PADDED
+
+
+GRANITE = {"layer_types": ["linear_attention", "attention"] * 2, "num_hidden_layers": 4, "mamba_n_heads": 128}
+MORE = {
+    "Gemma 4 E4B": ("gemma4_text", {"num_kv_shared_layers": 18, "num_hidden_layers": 42}, "full"),
+    "Gemma 4 31B": ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 4}, "full"),
+    "Granite 4 H": ("granitemoehybrid", GRANITE, "padded"),
+    "Granite 4, attention only": ("granitemoehybrid", {"layer_types": ["attention"] * 32}, "full"),
+    "a model that sees the tokens to come": ("gemma3_text", {"use_bidirectional_attention": True}, "tokens to come"),
+    "Mamba 2": ("mamba2", {}, "cannot be trained with LoRA"),
+    "RWKV": ("rwkv", {}, "LoRA does not reach rwkv"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_other_values_of_a_config_count(name, capsys):
+    model_type, values, expected = MORE[name]
+    config = KINDS[model_type](**values)
+    if expected not in ("full", "padded"):
+        with pytest.raises(RecipeError, match=f"^{model_type} models do not fit this recipe: .*{expected}"):
+            helpers.architectures.check(config)
+        return
+    found = helpers.architectures.check(config)
+    assert found.batches and (found.rows, found.slots) == (expected == "full",) * 2
+    said = (
+        "end to end in rows, and answers decoded in slots" if found.rows else "padded, and answers decoded in batches"
+    )
+    assert capsys.readouterr().out == f"{model_type}: texts are trained {said}\n"
+
+
+def test_a_tiny_model_has_every_kind_of_layer_once():
+    config = KINDS["gemma3_text"](layer_types=["sliding_attention"] * 5 + ["full_attention"], num_hidden_layers=6)
+    model = helpers.architectures.tiny(config)
+    assert model.config.layer_types == config.layer_types and model.config.sliding_window == 24
+    assert model.config.head_dim == config.head_dim and model.num_parameters() < 1e8
+    again = helpers.architectures.tiny(config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "family", [name for name, (kind, *_) in families.FAMILIES.items() if kind in families.WRAPPERS]
+)
+def test_the_text_part_of_a_multimodal_model_has_the_scores_of_the_whole(tmp_path, capsys, family):
+    checkpoint = families.make_checkpoint(family, tmp_path)
+    part, tokenizer = helpers.models.load(str(checkpoint), "transformers", max_seq_length=512, dtype="float32")
+    ids = torch.tensor([helpers.encode(tokenizer, families.PROMPTS[-1]).ids])
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(part(ids).logits, whole(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    config = helpers.models.text_config(str(checkpoint))
+    said = capsys.readouterr().out
+    assert f"the text part of {whole.config.model_type} is used, without its other " in said
+    assert config.tie_word_embeddings == whole.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma4", "gemma4 e4b", "qwen3.5", "gpt-oss", "llama3"])
+def test_values_per_token_are_those_of_the_cache(tmp_path, family):
+    checkpoint = families.make_checkpoint(family, tmp_path)
+    model, _ = helpers.models.load(str(checkpoint), "transformers", max_seq_length=512, dtype="float32")
+    with torch.no_grad():
+        cache = model(torch.tensor([[5]]), use_cache=True).past_key_values
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    expected = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+    assert helpers.shapes.values_per_token(model.config) == expected
+
+
+def test_answers_are_made_one_at_a_time_where_padding_changes_them():
+    alone = helpers.architectures.Architecture(rows=False, slots=False, batches=False)
+    answer, parallel = helpers.architectures.choose(alone, None, "transformers", [[1]], 8, wanted=0)
+    assert (answer, parallel) == (helpers.decoding.in_batches, 1)
