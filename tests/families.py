@@ -289,9 +289,9 @@ PROMPTS = [
 ]
 
 
-def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, tuple[int, int]]:
+def answers_of(checkpoint: Path, engine: str, adapter: str = "", sizes=(3,)) -> dict[str, tuple[int, int]]:
     """Answers in float32 in slots (engine transformers, where the architecture allows it) and in batches: how many are
-    those of the plain loop, and how many there are, with 1, 3 and 8 prompts at a time, `penalize_prompt` on and off.
+    those of the plain loop, and how many there are, with `sizes` prompts at a time and `penalize_prompt` on and off.
     """
     config = helpers.models.text_config(str(checkpoint))
     model, tokenizer = helpers.models.load(str(checkpoint), engine, max_seq_length=2048, dtype="float32")
@@ -308,7 +308,7 @@ def answers_of(checkpoint: Path, engine: str, adapter: str = "") -> dict[str, tu
     for whole in (True, False):  # penalize_prompt
         loop = [greedy(model, prompt, 12, *rules(tokenizer, ends), whole) for prompt in prompts]
         for way, answer in ways.items():
-            for parallel in (1, 3, 8):
+            for parallel in sizes:
                 decoding = helpers.decoding.Decoding(parallel, *process, penalize_prompt=whole)
                 answers = dict(answer(model, prompts, lambda _: 12, decoding))
                 equal, number = found[way]
@@ -342,7 +342,7 @@ def untrained(folder: Path, model) -> int:
     return len(helpers.shapes.linear_layers(helpers.shapes.empty(model)).keys() - trained)
 
 
-def table_row(family: str, engine: str, folder: Path) -> dict[str, str]:
+def table_row(family: str, engine: str, folder: Path, sizes=(3,)) -> dict[str, str]:
     """What the series did with a family."""
     checkpoint = make_checkpoint(family, folder / "base")
     row = {"family": family, "engine": engine}
@@ -359,7 +359,7 @@ def table_row(family: str, engine: str, folder: Path) -> dict[str, str]:
         difference = row_difference(checkpoint)
         row["row against texts alone"] = "padded" if difference is None else f"{difference:.1e}"
     base = folder / "run/quantized" if FAMILIES[family][0] in WRAPPERS and engine == "unsloth" else checkpoint
-    for way, (equal, number) in answers_of(base, engine, str(folder / "run/adapter")).items():
+    for way, (equal, number) in answers_of(base, engine, str(folder / "run/adapter"), sizes).items():
         row[f"{way} equal to the loop"] = f"{equal} of {number}"
     return row
 
@@ -373,7 +373,7 @@ def main() -> None:
     rows = []
     for family in options.families:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            rows.append(table_row(family, options.engine, Path(folder)))
+            rows.append(table_row(family, options.engine, Path(folder), sizes=(1, 3, 8)))
             print(rows[-1], flush=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

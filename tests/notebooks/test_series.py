@@ -6,19 +6,26 @@ import sys
 import families
 import pytest
 from conftest import ROOT
+from safetensors.torch import load_file
 
 from helpers import RecipeError
 
+# `python tests/families.py` runs these, too; what they show is shown here by the others.
+IN_THE_TABLE_ALONE = ("gemma4 e4b", "mistral3", "ministral3", "gpt-oss", "olmo3")
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+
+@pytest.mark.parametrize("family", [family for family in families.FAMILIES if family not in IN_THE_TABLE_ALONE])
 def test_the_series_works(family, tmp_path):
     """Notebooks 01, 03 and 04; then, in float32, slots and batches against a loop without cache, and a row of texts."""
     row = families.table_row(family, "transformers", tmp_path)
     assert row["01, 03, 04"] == "yes"
     assert row["<bos> per text"] == ("0" if family.startswith(("qwen", "phi")) else "1")
     assert row["untrained matrices"] == 0
-    assert row["slots equal to the loop"] == row["batches equal to the loop"] == "6 of 6"
-    assert float(row["row against texts alone"]) < 1e-3
+    assert row["batches equal to the loop"] == "18 of 18"
+    if family in ("qwen3.5", "lfm2"):
+        assert row["row against texts alone"] == "padded" and "slots equal to the loop" not in row
+    else:
+        assert row["slots equal to the loop"] == "18 of 18" and float(row["row against texts alone"]) < 1e-3
     card = (tmp_path / "run/quantized/README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card and "Gemma" not in card.replace("Gemma3", "")
 
@@ -29,7 +36,7 @@ def test_the_series_works_with_unsloth():
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line for line in printed.splitlines() if line.startswith("| ") and "unsloth" in line]
     assert len(rows) == 2
-    assert all("| yes |" in row and row.endswith("| 0 | 6 of 6 |") for row in rows), printed
+    assert all("| yes |" in row and row.endswith("| 0 | 54 of 54 |") for row in rows), printed
 
 
 def config_only(kind, folder, **values):
@@ -40,14 +47,19 @@ def config_only(kind, folder, **values):
     return str(checkpoint)
 
 
-def test_experts_would_stay_untrained(tmp_path):
-    """Notebook 03 stops before it looks for weights, and lists them."""
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-    model = config_only("Qwen3MoeConfig", tmp_path / "base", **sizes)
-    with pytest.raises(RecipeError, match=r"does not reach model\.layers\.\*\.mlp\.experts\.down_proj, .*untrained"):
-        families.run_notebook(
-            "03_sft", output_dir=str(tmp_path / "run"), model=model, train_data="data/sample/qa.jsonl"
-        )
+def test_experts_are_trained(tmp_path):
+    """In notebook 03 the adapter holds matrices beside the experts, and none of them is still zero."""
+    families.run_series(families.make_checkpoint("qwen3 moe", tmp_path / "base"), tmp_path, "transformers")
+    weights = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    experts = [weight for name, weight in weights.items() if ".experts." in name and "lora_B" in name]
+    assert len(experts) == 2 * 3 and all(weight.any() for weight in experts)  # two matrices in each of three layers
+
+
+def test_what_cannot_be_trained_is_refused_before_the_download(tmp_path):
+    """Notebook 01 stops before it looks for weights."""
+    model = config_only("RwkvConfig", tmp_path / "base")
+    with pytest.raises(RecipeError, match=r"rwkv models do not fit this recipe: LoRA does not reach rwkv\.blocks"):
+        families.run_notebook("01_quantize", output_dir=str(tmp_path / "run"), base_model=model)
 
 
 def test_notebook_04_refuses_before_weights_are_loaded(tmp_path):
