@@ -50,6 +50,8 @@ def check(config: PreTrainedConfig) -> Architecture:
     texts = "end to end in rows" if found.rows else "padded"
     answers = "in slots" if found.slots else "in batches" if found.batches else "one at a time"
     print(f"{config.model_type}: texts are trained {texts}, and answers decoded {answers}")
+    if experts := shapes.experts_in_16_bit(config):
+        print(experts)
     return found
 
 

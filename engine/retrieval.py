@@ -55,6 +55,17 @@ def search(retriever: Any, query: str, k: int, query_max_tokens: int) -> list[di
     return [{"index": i, "score": float(scores[i])} for i in scores.argsort(descending=True, stable=True)[:k].tolist()]
 
 
+def say_what_is_cut(retriever: Any, kind: str, texts: Sequence[str], limit: int | None = None) -> None:
+    """Print how many `texts` (documents, or queries with a `limit`) are longer than the retriever reads: two that
+    differ only behind that are equal to it.
+    """
+    reader, longest = retriever.model.inference_ckpt.doc_tokenizer, retriever.model.base_model_max_tokens
+    limit = min(limit or reader.doc_maxlen, longest)
+    tokens = [len(reader.tok(text)["input_ids"]) + 1 for text in texts]  # with the mark of a document or query
+    if cut := sum(number > limit for number in tokens):
+        print(f"of {cut} of {len(tokens)} {kind} the retriever reads the first {limit} tokens only")
+
+
 @lru_cache
 def patch_ragatouille() -> None:
     """Make RAGatouille 0.0.9 and colbert-ai 0.2.22 work on today's langchain and transformers; no score changes."""
@@ -142,4 +153,5 @@ def load(name: str, documents: Sequence[str]) -> Any:
     if checkpoint.name != (checkpoint.colbert_config.model_name or name):
         raise RecipeError(f"{name}: colbert-ai cannot read it and would take {checkpoint.name} instead")
     retriever.encode(list(documents), verbose=False)
+    say_what_is_cut(retriever, "examples", documents)
     return retriever

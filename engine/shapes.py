@@ -33,6 +33,14 @@ def expert_matrices(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3}
 
 
+def experts_in_16_bit(config: PreTrainedConfig) -> str:
+    """How much of a model are experts, whose stacked matrices bitsandbytes leaves in 16 bit; empty if it has none."""
+    model = empty(config)
+    weights = sum(matrix.numel() for matrix in expert_matrices(model).values())
+    of = f"{weights / 1e9:.1f} of {model.num_parameters() / 1e9:.1f} billion weights"
+    return f"{of} are experts and stay in 16 bit, {2 * weights / 2**30:.1f} GiB" if weights else ""
+
+
 def lora_targets(config: PreTrainedConfig) -> dict[str, list[str]]:
     """What LoRA stands beside, as arguments of peft's LoraConfig: a block's linear layers and, if there are any, its
     experts. Routers, embeddings and short convolutions stay as they are.

@@ -108,3 +108,14 @@ def test_a_checkpoint_that_names_its_base_model(retriever, tmp_path):
     assert helpers.retrieval.search(named, DOCUMENTS[3], 3, 512) == helpers.retrieval.search(
         retriever, DOCUMENTS[3], 3, 512
     )
+
+
+def test_what_the_retriever_cuts_is_said(capsys):
+    """Two examples that differ only behind what it reads have the same vectors."""
+    texts = ["山" * 600 + "A", "山" * 600 + "B", "海はどこですか。"]
+    retriever = helpers.retrieval.load("data/tiny/colbert", texts)
+    assert "of 2 of 3 examples the retriever reads the first 508 tokens only" in capsys.readouterr().out
+    one, two = retriever.model.in_memory_embed_docs[:2]
+    assert torch.equal(one, two)
+    helpers.retrieval.say_what_is_cut(retriever, "tasks", texts, limit=32)
+    assert capsys.readouterr().out == "of 2 of 3 tasks the retriever reads the first 32 tokens only\n"
