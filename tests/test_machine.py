@@ -17,8 +17,10 @@ import yaml
 from conftest import ROOT
 from transformers import (
     Gemma2Config,
+    Gemma4TextConfig,
     LlamaConfig,
     PreTrainedConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -40,16 +42,38 @@ GEOMETRY = (
 )
 
 
+LOCAL_AND_GLOBAL = {"head_dim": 256, "global_head_dim": 512, "attention_k_eq_v": True, "sliding_window": 1024}
+LOCAL_AND_GLOBAL |= {"hidden_size_per_layer_input": 0}
+DELTA = {"linear_num_key_heads": 16, "linear_num_value_heads": 32, "vocab_size": 248_320, "tie_word_embeddings": False}
+OTHERS = {  # class, sizes, other values
+    "google/gemma-4-31B": (
+        Gemma4TextConfig,
+        (5376, 21504, 60, 32, 16),
+        LOCAL_AND_GLOBAL | {"num_global_key_value_heads": 4},
+    ),
+    "google/gemma-4-12B": (
+        Gemma4TextConfig,
+        (3840, 15360, 48, 16, 8),
+        LOCAL_AND_GLOBAL | {"num_global_key_value_heads": 1},
+    ),
+    "Qwen/Qwen3.5-9B-Base": (Qwen3_5TextConfig, (4096, 12288, 32, 16, 4, 256), DELTA),
+    "Qwen/Qwen3-8B-Base": (Qwen3Config, (4096, 12288, 36, 32, 8, 128), {}),
+    "Qwen/Qwen3-4B-Instruct-2507": (Qwen3Config, (2560, 9728, 36, 32, 8, 128), {"tie_word_embeddings": True}),
+    "tokyotech-llm/Qwen3-Swallow-8B-CPT-v0.2": (Qwen3Config, (4096, 12288, 36, 32, 8, 128), {}),
+    "tokyotech-llm/Qwen3-Swallow-32B-CPT-v0.2": (Qwen3Config, (5120, 25600, 64, 64, 8, 128), {}),
+    # by the card of llm-jp-4-8b
+    "llm-jp/llm-jp-4-8b-base": (LlamaConfig, (4096, 14336, 32, 32, 8, 128), {"vocab_size": 196_608}),
+}
+
+
 def config(name: str) -> PreTrainedConfig:
-    if "Swallow" in name:
-        name = "google/gemma-2-27b"
-    if name in GEMMA:
-        return Gemma2Config(vocab_size=256_000, **dict(zip(GEOMETRY, GEMMA[name], strict=True)))
-    if name.startswith("Qwen/"):
-        sizes, kind, vocabulary = (4096, 12288, 36, 32, 8, 128), Qwen3Config, 151_936
-    else:  # by the card of llm-jp-4-8b
-        sizes, kind, vocabulary = (4096, 14336, 32, 32, 8, 128), LlamaConfig, 196_608
-    return kind(vocab_size=vocabulary, tie_word_embeddings=False, **dict(zip(GEOMETRY, sizes, strict=True)))
+    """A config with a model's sizes, as its card or config.json gives them."""
+    if name.startswith(("google/gemma-2", "tokyotech-llm/Gemma")):
+        sizes = GEMMA.get(name) or GEMMA["google/gemma-2-27b"]
+        return Gemma2Config(vocab_size=256_000, **dict(zip(GEOMETRY, sizes, strict=True)))
+    kind, sizes, values = OTHERS[name]
+    values = {"tie_word_embeddings": False} | values if kind is not Gemma4TextConfig else values
+    return kind(**dict(zip(GEOMETRY, sizes, strict=False)) | values)
 
 
 class TestFit:
@@ -96,6 +120,12 @@ class TestFit:
             ("swallow27b", 39.0),
             ("llmjp4-8b", 22.0),
             ("qwen3-8b", 22.0),
+            ("gemma4-31b", 39.0),
+            ("gemma4-12b", 22.0),
+            ("qwen3.5-9b", 22.0),
+            ("qwen3-4b", 14.6),
+            ("qwen3-swallow-8b", 22.0),
+            ("qwen3-swallow-32b", 39.0),
         ],
     )
     def test_run_files_fit_their_gpus(self, run_file, free_gib):
@@ -109,7 +139,7 @@ class TestFit:
             batch_size=values["per_device_train_batch_size"],
             length=values["max_seq_length"] // (2 if values["engine"] == "transformers" else 1),
         )
-        gpu = {"name": run_file, "free_gib": free_gib, "compute_capability": 7.5 if run_file == "t4" else 8.0}
+        gpu = {"name": run_file, "free_gib": free_gib, "compute_capability": 7.5 if free_gib < 16 else 8.0}
         assert helpers.machine.fit_report(gpu, need, "")[-1] == "it fits"
 
     def test_report_names_what_to_change(self):
