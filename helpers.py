@@ -977,17 +977,17 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats", "forms", "gguf")
-ROOMS += ("hub", "judge", "kept_layers", "lora", "machine", "models", "parameters", "reading", "records", "reports")
-ROOMS += ("retrieval", "rules", "slots", "training")
+ROOMS += ("hub", "judge", "kept_layers", "likelihood", "lora", "machine", "models", "parameters", "reading", "records")
+ROOMS += ("reports", "retrieval", "rules", "slots", "training", "travel")
 
 if TYPE_CHECKING:  # for editors
     from engine import answers, attention, chat, checkpoints, decoding, files, folders, formats, forms  # noqa: F401
 
     # isort: split
-    from engine import gguf, hub, judge, kept_layers, lora, machine, models, parameters, reading  # noqa: F401
+    from engine import gguf, hub, judge, kept_layers, likelihood, lora, machine, models, parameters, reading  # noqa: F401
 
     # isort: split
-    from engine import records, reports, retrieval, rules, slots, training  # noqa: F401
+    from engine import records, reports, retrieval, rules, slots, training, travel  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -97,7 +97,10 @@ def place_outputs(output_dir: str, drive_dir: str) -> str:
     except ImportError:
         return output_dir
     if not drive_dir:
-        print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
+        print(
+            f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it, or hub_repo to "
+            "keep checkpoints and answers"
+        )
         return output_dir
     drive.mount("/content/drive")
     return str(Path("/content/drive/MyDrive", drive_dir, output_dir))
