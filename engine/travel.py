@@ -17,7 +17,7 @@ from helpers import RecipeError
 
 # Names without a folder, so that no file leaves the folder that it is brought to. A pickle of weights is never brought.
 NAME = re.compile(r"(?!pytorch_model|adapter_model\.bin)\w[\w.-]*")
-PATIENCE = 600  # seconds that `wait` gives the last upload
+PATIENCE = 600  # seconds that the next upload, or the end of the run, waits for one that may never end
 
 
 class Courier:
@@ -72,7 +72,7 @@ class Courier:
         self.thread.start()
 
     def wait(self) -> None:
-        """Return when what was sent has arrived or failed, after ten minutes at the latest."""
+        """Return when what was sent has arrived or failed, and at the latest after PATIENCE seconds."""
         if self.thread:
             self.thread.join(PATIENCE)
             if self.thread.is_alive():
@@ -80,7 +80,7 @@ class Courier:
 
     def _deliver(self, files: Mapping[str, Path | bytes], before: threading.Thread | None) -> None:
         if before:
-            before.join()
+            before.join(PATIENCE)
         if files is self.newest:
             try:
                 self._upload(files)
@@ -94,7 +94,10 @@ class Courier:
         changes = [CommitOperationDelete(self.folder + name) for name in gone]
         changes += [CommitOperationAdd(self.folder + name, content) for name, content in files.items()]
         with without_progress():
-            self.api.create_commit(self.hub_repo, changes, commit_message=self.what, revision=self.branch)
+            # With its parent named, an upload that hung does not arrive after a newer one and replace it.
+            self.api.create_commit(
+                self.hub_repo, changes, commit_message=self.what, revision=self.branch, parent_commit=self.commit
+            )
         with suppress(Exception):  # older checkpoints would fill the storage; if they stay this time, nothing is lost
             self.api.super_squash_history(self.hub_repo, branch=self.branch)
 

@@ -137,8 +137,10 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": "interrupted"}, 400)
         else:
             commit = [json.loads(line) for line in body.decode().splitlines()]
-            self.server.commits.append(commit)
             repository, _, branch = self.path.removeprefix("/api/").removeprefix("models/").partition("/commit/")
+            if commit[0]["value"].get("parentCommit", found := self.sha(f"{repository}@{branch}")) != found:
+                return self.answer({"error": "not the newest commit"}, 412)
+            self.server.commits.append(commit)
             sha = self.commit(repository, branch, commit)
             url = f"{self.server.address}/me/thing/commit/{sha}"
             self.answer({"success": True, "commitOid": sha, "commitUrl": url})

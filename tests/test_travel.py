@@ -77,6 +77,21 @@ def test_of_several_that_wait_only_the_newest_are_sent(hub):
     assert len(hub.commits) == 2
 
 
+def test_an_upload_that_hangs_holds_up_none_and_replaces_none(hub, monkeypatch):
+    monkeypatch.setattr(helpers.travel, "PATIENCE", 0)
+    carrier, hangs, go = courier(), threading.Event(), threading.Event()
+    carrier.open()
+    hub.lost = lambda path: "/commit/" in path and not hangs.is_set() and (hangs.set() or not go.wait(60))
+    carrier.send({"record.json": b"older"})
+    hanging = carrier.thread
+    assert hangs.wait(60)
+    carrier.send({"record.json": b"newer"})
+    carrier.thread.join()
+    go.set()
+    hanging.join()
+    assert on_the_hub(hub) == {"checkpoints/run/record.json": b"newer"}
+
+
 LOST = """
 import sys
 import helpers
