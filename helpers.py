@@ -977,8 +977,8 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 ROOMS = ("answers", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats", "forms", "gguf")
-ROOMS += ("hub", "judge", "kept_layers", "likelihood", "lora", "machine", "models", "parameters", "reading", "records")
-ROOMS += ("reports", "retrieval", "rules", "slots", "training", "travel")
+ROOMS += ("hub", "judge", "kept_layers", "likelihood", "lora", "machine", "models", "outlook", "parameters", "reading")
+ROOMS += ("records", "reports", "retrieval", "rules", "slots", "training", "travel")
 
 if TYPE_CHECKING:  # for editors
     from engine import answers, attention, chat, checkpoints, decoding, files, folders, formats, forms  # noqa: F401
@@ -987,7 +987,7 @@ if TYPE_CHECKING:  # for editors
     from engine import gguf, hub, judge, kept_layers, likelihood, lora, machine, models, parameters, reading  # noqa: F401
 
     # isort: split
-    from engine import records, reports, retrieval, rules, slots, training, travel  # noqa: F401
+    from engine import outlook, records, reports, retrieval, rules, slots, training, travel  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:
