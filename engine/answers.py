@@ -156,9 +156,9 @@ def bring(carrier: Courier | None, output_file: Path, record: Mapping[str, Any])
 
 def send(carrier: Courier, output_file: Path) -> None:
     """Send all answers beside `output_file` in one log, and the record with which they were begun."""
-    whole_lines = [log.read_bytes().rpartition(b"\n")[0] + b"\n" for log in find_logs(output_file.parent)]
-    begun = records.path_of(output_file)
-    carrier.send({"answers.jsonl": b"".join(whole_lines), begun.name: begun.read_bytes()})
+    logs, begun = map(Path.read_bytes, find_logs(output_file.parent)), records.path_of(output_file)
+    whole_lines = b"".join(log[: log.rfind(b"\n") + 1] for log in logs)
+    carrier.send({"answers.jsonl": whole_lines, begun.name: begun.read_bytes()})
 
 
 class Clock:

@@ -3,7 +3,10 @@
 from functools import partial
 
 import pytest
-from test_machine import config
+import yaml
+from conftest import ROOT
+from test_machine import GEOMETRY, config
+from transformers import Gemma3TextConfig, Qwen3Config
 
 import helpers
 
@@ -71,3 +74,32 @@ def test_the_machine_cell_says_it_all(monkeypatch, capsys):
     helpers.outlook.report_training(nine, ["torch"], need, "transformers", 32, 1)
     helpers.outlook.report_answering(nine)
     assert "estimate" not in capsys.readouterr().out
+
+
+def small(kind, vocabulary, *sizes):
+    return kind(vocab_size=vocabulary, tie_word_embeddings=True, **dict(zip(GEOMETRY, sizes, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ("google/gemma-2-2b", config("google/gemma-2-2b")),
+        ("Qwen/Qwen3-1.7B-Base", small(Qwen3Config, 151_936, 2048, 6144, 28, 16, 8, 128)),
+        ("Qwen/Qwen3-4B-Base", small(Qwen3Config, 151_936, 2560, 9728, 36, 32, 8, 128)),
+        ("google/gemma-3-4b-pt", small(Gemma3TextConfig, 262_208, 2560, 10240, 34, 8, 4, 256)),
+        ("Qwen/Qwen3-8B-Base", config("Qwen/Qwen3-8B-Base")),
+    ],
+)
+def test_the_run_file_of_the_t4_says_what_fits(model, shape):
+    text = (ROOT / "data/runs/t4.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)["03_sft"]
+    size = {"r": values["r"], "length": values["max_seq_length"], "batch_size": values["per_device_train_batch_size"]}
+    need = helpers.models.estimate_memory(shape, four_bit=True, **size)
+    assert f"{model} {sum(need.values()):.1f}" in text and helpers.machine.fits(need, NAMES["T4 16 GB"][1])
+
+
+def test_the_run_file_of_the_t4_says_how_long_it_takes():
+    text = (ROOT / "data/runs/t4.yaml").read_text(encoding="utf-8")
+    for billions, said in ((8.2, "33 hours"), (4.0, "weights 16 hours"), (2.6, "2.6 billion 11 hours")):
+        hours = 40e6 / helpers.outlook.training_rate(billions, *NAMES["T4 16 GB"], "unsloth") / 3600
+        assert said in text.replace("\n# ", " ") and f"{hours:.0f} hours" in said

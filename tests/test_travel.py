@@ -274,3 +274,65 @@ def test_pickles_of_the_hub_are_not_run_and_other_places_not_written(sent, hub, 
     with pytest.raises(pickle.UnpicklingError):
         Trainer._load_rng_state(trainer, str(found))
     assert not mark.exists()
+
+
+# ---- answers
+
+
+def run(**settings):
+    base = {"name": "base", "commit": "", "sha256": "1", "inputs": {}}
+    return helpers.records.make("04_rag_inference", {"model": base}, settings, []) | {"parallel": 4}
+
+
+def log(folder, record, task_ids):
+    """Answers in a folder, as a run with this record leaves them in the middle; where its answers will be."""
+    values = {"new_tokens": 1, "cut": False, "limit": 9, "seconds": 1.0, "attempt": 1}
+    for task_id in task_ids:
+        row = {"task_id": task_id, "key": helpers.answers.key(record, [task_id]), "output": f"{task_id}", **values}
+        helpers.files.append_row(folder / "answers.jsonl", row)
+    helpers.answers.begin(folder / "output.jsonl", record)
+    return folder / "output.jsonl"
+
+
+def answered(output_file):
+    return [
+        row["task_id"]
+        for path in helpers.answers.find_logs(output_file.parent)
+        for row in helpers.answers.read_log(path)
+    ]
+
+
+@pytest.fixture
+def carrier(hub, tmp_path):
+    """What carries the answers of a run, three of which a lost machine has sent."""
+    found = helpers.answers.courier("me/thing", TOKEN, run(k=3))
+    found.open()
+    lost = log(tmp_path / "lost", run(k=3), [1, 2, 3])
+    (tmp_path / "lost/answers.1.jsonl").write_bytes(b'{"task_id": 9, "ke')  # of another process, which is writing
+    helpers.answers.send(found, lost)
+    found.wait()
+    return found
+
+
+def test_answers_of_a_lost_machine_are_added_once(carrier, tmp_path, capsys):
+    fresh = tmp_path / "fresh/output.jsonl"
+    fresh.parent.mkdir()
+    for _ in range(2):
+        helpers.answers.bring(carrier, fresh, run(k=3))
+        assert answered(fresh) == [1, 2, 3]
+    assert helpers.answers.parallel_before(fresh) == 4
+    older = log(tmp_path / "older", run(k=3), [2])
+    helpers.answers.bring(carrier, older, run(k=3))
+    assert answered(older) == [2, 1, 3]
+    assert not list(tmp_path.glob("*/.brought")) and "left out" not in capsys.readouterr().out
+
+
+def test_answers_of_another_run_are_not_mixed(carrier, tmp_path):
+    """Those of an unfinished one stay alone, and another run finds none on the hub."""
+    other = log(tmp_path / "other", run(k=5), [1])
+    helpers.answers.bring(carrier, other, run(k=3))
+    assert answered(other) == [1]
+    helpers.answers.bring(helpers.answers.courier("me/thing", TOKEN, run(k=5)), other, run(k=5))
+    assert answered(other) == [1]
+    helpers.answers.bring(None, other, run(k=5))
+    assert helpers.answers.courier("", "", run(k=5)) is None

@@ -54,4 +54,6 @@ def test_examples_that_no_prompt_can_hold_are_left_out(capsys):
     assert helpers.answers.check_examples("qa.jsonl", rows, TOKENIZER, 384, 1) == rows[:1]
     said = capsys.readouterr().out
     assert "1 of 2 examples fit into max_seq_length - max_new_tokens = 384 tokens" in said
-    assert "qa.jsonl: no example fits" in refusal(helpers.answers.check_examples, "qa.jsonl", rows[1:], TOKENIZER, 384, 1)
+    assert "qa.jsonl: no example fits" in refusal(
+        helpers.answers.check_examples, "qa.jsonl", rows[1:], TOKENIZER, 384, 1
+    )
