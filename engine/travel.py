@@ -42,7 +42,12 @@ class Courier:
         with hub.one_line(f"{self.what} cannot be kept in {self.hub_repo}"):
             hub.open_private(self.api, self.hub_repo, "model")
             self.api.create_branch(self.hub_repo, branch=self.branch, exist_ok=True)
-            return self.look()
+            names = self.look()
+        if not names and self.others:
+            print(
+                f"{self.hub_repo} holds {self.what} of other runs only, with other inputs or settings: they stay there"
+            )
+        return names
 
     def look(self) -> list[str]:
         """The names of the files that lie there now, at the commit `self.commit`; RecipeError if it is public."""
@@ -50,6 +55,7 @@ class Courier:
         hub.refuse_public(self.hub_repo, info.private)
         self.commit = hub.check_commit(self.hub_repo, info.sha)
         paths = [file.rfilename for file in info.siblings or ()]
+        self.others = any(path.startswith(f"{self.what}/") for path in paths)
         return [path.removeprefix(self.folder) for path in paths if path.startswith(self.folder)]
 
     def bring(self, names: Iterable[str], place: Path) -> None:

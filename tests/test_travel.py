@@ -220,9 +220,10 @@ def test_a_newer_checkpoint_of_this_machine_is_not_replaced_and_an_older_one_is(
     assert contents(find(tmp_path / "half", r=8)) == contents(sent)
 
 
-def test_another_training_neither_takes_nor_replaces_it(sent, hub, tmp_path):
+def test_another_training_neither_takes_nor_replaces_it(sent, hub, tmp_path, capsys):
     before = on_the_hub(hub)
     assert find(tmp_path / "other", r=16) is None
+    assert "me/thing holds checkpoints of other runs only" in capsys.readouterr().out
     send(helpers.checkpoints.courier("me/thing", TOKEN, training(r=16)), {"record.json": b"{}"})
     assert before.items() <= on_the_hub(hub).items()
 

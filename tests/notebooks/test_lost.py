@@ -43,9 +43,13 @@ def test_another_machine_goes_on_with_a_training(online, smoke, tmp_path):
     sent = on_the_hub(online, "checkpoints")
     step = json.loads(sent["record.json"])["step"]
     assert step in (4, 6)  # the third upload holds a later one, whole and not arrived
-    before = {**online.files["me/thing@recipe-checkpoints"]}
-    assert undisturbed.wait() == 0
-    assert start("03_sft", fresh, smoke, hub_repo="me/thing", **VALUES).wait() == 0
+    for branch in ("", "@recipe-checkpoints"):  # what a third machine finds
+        online.files[f"me/copy{branch}"] = {**online.files[f"me/thing{branch}"]}
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    as_before = start("03_sft", fresh, smoke, hub_repo="me/thing", **VALUES)
+    with_less = start("03_sft", smaller, smoke, hub_repo="me/copy", **VALUES, **batches)
+    assert undisturbed.wait() == as_before.wait() == with_less.wait() == 0
+
     assert f"from {fresh}/checkpoints/checkpoint-{step}" in (fresh / "out.ipynb").read_text(encoding="utf-8")
     brought = fresh / f"checkpoints/checkpoint-{step}"
     assert {path.name: path.read_bytes() for path in brought.iterdir()} == sent
@@ -54,9 +58,6 @@ def test_another_machine_goes_on_with_a_training(online, smoke, tmp_path):
         assert (fresh / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
         assert online.files["me/thing"][name] == (whole / "adapter" / name).read_bytes()  # pushed at the end, to main
 
-    online.files["me/thing@recipe-checkpoints"] = before
-    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    assert start("03_sft", smaller, smoke, hub_repo="me/thing", **VALUES, **batches).wait() == 0
     printed = (smaller / "out.ipynb").read_text(encoding="utf-8")
     assert "1 texts at a time instead of 2: losses can differ by rounding" in printed
     assert losses(smaller)[:step] == losses(whole)[:step]
