@@ -977,20 +977,18 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 ROOMS = ("answers", "architectures", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats")
-ROOMS += ("forms", "gguf", "hub", "judge", "kept_layers", "lora", "machine", "models", "parameters", "reading")
-ROOMS += ("records", "reports", "retrieval", "rows", "rules", "shapes", "slots", "training")
+ROOMS += ("forms", "gguf", "hub", "judge", "kept_layers", "likelihood", "lora", "machine", "models", "outlook")
+ROOMS += ("parameters", "reading", "records", "reports", "retrieval", "rows", "rules", "shapes", "slots", "training")
+ROOMS += ("travel",)
 
 if TYPE_CHECKING:  # for editors
-    from engine import answers, architectures, attention, chat, checkpoints, decoding, files, folders  # noqa: F401
-
-    # isort: split
-    from engine import formats, forms, gguf, hub, judge, kept_layers, lora, machine, models  # noqa: F401
-
-    # isort: split
-    from engine import parameters, reading, records, reports, retrieval, rows  # noqa: F401
-
-    # isort: split
-    from engine import rules, shapes, slots, training  # noqa: F401
+    # fmt: off
+    from engine import (  # noqa: F401, I001
+        answers, architectures, attention, chat, checkpoints, decoding, files, folders, formats, forms, gguf, hub,
+        judge, kept_layers, likelihood, lora, machine, models, outlook, parameters, reading, records, reports,
+        retrieval, rows, rules, shapes, slots, training, travel,
+    )
+    # fmt: on
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -43,7 +43,7 @@ def main() -> None:
         shots = [[qa[hit["index"]] for hit in hits] for hits in found]
         prompts = [build(tokenizer, task["input"], shown) for task, shown in zip(tasks, shots, strict=True)]
         references = [helpers.references_of(task)[0] for task in tasks]
-        nll[name] = helpers.answers.reference_nll(model, tokenizer, prompts, references)
+        nll[name] = helpers.likelihood.reference_nll(model, tokenizer, prompts, references)
         print(f"{name}: {sum(nll[name]) / len(tasks):.4f} nats per character, {len(tasks)} tasks")
     gaps = [a - b for a, b in zip(*nll.values(), strict=True)]
     interval = helpers.mean_interval(gaps)

@@ -1,9 +1,10 @@
-"""Answers: questions, the clock, the log that survives an interruption, and how likely a reference is."""
+"""Answers: questions, the clock, and the log that survives an interruption and the loss of the machine."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from engine import files, forms, records
-from engine.decoding import Generate, Model
-from helpers import SHOT, RecipeError, clean_answer, digest, encode, encode_within
+from engine.decoding import Generate
+from engine.travel import Courier
+from helpers import SHOT, RecipeError, clean_answer, digest, encode
 
 
 def check_tasks(
@@ -73,15 +75,19 @@ def read_log(path: str | Path) -> Iterator[dict[str, Any]]:
                 print(f"{path}, line {number}: left out (no answer); its task is answered again")
 
 
+def find_logs(folder: str | Path) -> list[Path]:
+    """The logs of answers in a folder: `answers.jsonl` (one process) and `answers.N.jsonl` (several)."""
+    return sorted(p for p in Path(folder).glob("answers*") if re.fullmatch(r"answers(\.\d+)?\.jsonl", p.name))
+
+
 def kept(folder: str | Path, keys: Mapping[Any, str], finished: str | Path) -> dict[Any, dict[str, Any]]:
     """Answers of an earlier run by task_id, from the logs in `folder`; `keys` holds each task's `key`.
 
-    The logs are `answers.jsonl` (one process) and `answers.N.jsonl` (several). Answers with other keys are removed from
-    them if the run that gave them was finished, that is, if the file `finished` and its record are there and whole; if
-    it was interrupted, RecipeError asks what to do. `finished` is removed when a task is to be answered. With several
-    processes the main one has to come first.
+    Answers with other keys are removed from the logs if the run that gave them was finished, that is, if the file
+    `finished` and its record are there and whole; if it was interrupted, RecipeError asks what to do. `finished` is
+    removed when a task is to be answered. With several processes the main one has to come first.
     """
-    logs = sorted(p for p in Path(folder).glob("answers*") if re.fullmatch(r"answers(\.\d+)?\.jsonl", p.name))
+    logs = find_logs(folder)
     rows = {path: list(read_log(path)) for path in logs}
     own = {path: [row for row in found if keys.get(row["task_id"]) == row["key"]] for path, found in rows.items()}
     if other := [path for path in logs if own[path] != rows[path]]:
@@ -120,6 +126,39 @@ def begin(finished: str | Path, record: dict[str, Any]) -> None:
     if old and "model" in old["inputs"] and key(old, []) == key(record, []):
         record["versions"] = records.join_versions(old, record)
     files.write_json(records.path_of(finished), record)
+
+
+def courier(hub_repo: str, token: str, record: Mapping[str, Any]) -> Courier | None:
+    """What carries the answers of the run with this `record` to a hub repository; None without one."""
+    return Courier(hub_repo, token, "answers", key(record, [])) if hub_repo else None
+
+
+def bring(carrier: Courier | None, output_file: Path, record: Mapping[str, Any]) -> None:
+    """Add the answers that another machine sent to the log beside `output_file`, and the record with which that machine
+    began. Where an unfinished run with other settings has its log, nothing is added: `kept` asks what to do.
+    """
+    state, old = PartialState(cpu=not torch.cuda.is_available()), records.read(output_file)
+    other = old and "files" not in old and key(old, []) != key(record, [])
+    with state.main_process_first():
+        if carrier and state.is_main_process and not other:
+            names, part = carrier.open(), output_file.parent / ".brought"
+            part.mkdir(exist_ok=True)
+            carrier.bring(names, part)
+            if not old and (begun := records.read(part / output_file.name)):
+                files.write_json(records.path_of(output_file), begun)
+            here = [row for log in find_logs(output_file.parent) for row in read_log(log)]
+            for log in find_logs(part):
+                for row in read_log(log):
+                    if row not in here:
+                        files.append_row(output_file.parent / "answers.jsonl", row)
+            shutil.rmtree(part)
+
+
+def send(carrier: Courier, output_file: Path) -> None:
+    """Send all answers beside `output_file` in one log, and the record with which they were begun."""
+    logs, begun = map(Path.read_bytes, find_logs(output_file.parent)), records.path_of(output_file)
+    whole_lines = b"".join(log[: log.rfind(b"\n") + 1] for log in logs)
+    carrier.send({"answers.jsonl": whole_lines, begun.name: begun.read_bytes()})
 
 
 class Clock:
@@ -234,12 +273,14 @@ def answer_all(
     output_file: Path,
     clock: Clock,
     record: dict[str, Any],
+    carrier: Courier | None = None,
 ) -> tuple[dict[Any, dict[str, Any]], int]:
     """The rows (task_id and ROW) of all questions by task_id, and the number of processes that answered.
 
     Answers of an earlier run in the folder of `output_file` are kept (see `kept`), and if there are more to come its
-    `record` is begun (see `begin`). Of several processes (accelerate) each answers its share into a log of its own; the
-    main one returns with all answers, the others end here.
+    `record` is begun (see `begin`). The `carrier` takes the log to the hub after each fiftieth of the answers. Of
+    several processes (accelerate) each answers its share into a log of its own; the main one returns with all answers,
+    the others end here.
     """
     folder, keys = output_file.parent, {question.task_id: question.key for question in questions}
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -254,16 +295,22 @@ def answer_all(
     answered = answer(generate, tokenizer, mine, rows, log, clock)
     progress = tqdm(answered, total=len(mine), unit="answer", disable=not state.is_main_process)
     seconds = tokens = 0
+    before, every = len(rows), max(1, len(mine) // 50)
     for count, row in enumerate(progress, start=1):
         rows[row["task_id"]] = row
         seconds, tokens = seconds + row["seconds"], tokens + row["new_tokens"]
         rate, end = tokens / max(seconds, 1e-3), seconds / count * len(mine) / 60
         progress.set_postfix_str(f"{rate:.0f} tokens/s, projected end after {end:.1f} minutes")
+        if carrier and state.is_main_process and len(rows) > before and count % every == 0:
+            send(carrier, output_file)
     processes = state.num_processes
     state.wait_for_everyone()
     state.destroy_process_group()
     if not state.is_main_process:
         sys.exit()
+    if carrier and len(rows) > before:
+        send(carrier, output_file)
+        carrier.wait()
     return (rows if processes == 1 else kept(folder, keys, finished=output_file)), processes
 
 
@@ -298,52 +345,3 @@ def metrics(rows: Mapping[Any, Mapping[str, Any]], processes: int) -> dict[str, 
         "longest_answer_at_the_end": min(row["limit"] for row in rows.values()),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
     }
-
-
-def reference_nll(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    references: Sequence[str],
-    batch_tokens: int = 4096,
-) -> list[float]:
-    """Mean negative log-likelihood of each reference given its prompt (token ids), in nats per character.
-
-    The end of the text is not counted. A batch holds as many texts as come to `batch_tokens`, the longest first. They
-    are padded on the left, so that references end together and the model computes logits for them alone; only one at a
-    time is turned into float32 (256,000 values per token).
-    """
-    texts = [
-        (prompt, encode_within(tokenizer, reference)) for prompt, reference in zip(prompts, references, strict=True)
-    ]
-    rows = [prompt + reference for prompt, reference in texts]
-    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    nll = [0.0] * len(rows)
-    config = model.config.get_text_config()
-    if config._attn_implementation == "slots":  # left behind by an interrupted answer; it cannot read padded batches
-        config._attn_implementation = "eager"
-    with torch.inference_mode(), tqdm(total=len(rows), unit="reference") as progress:
-        while waiting:
-            width = len(rows[waiting[0]])
-            size = max(1, batch_tokens // width)
-            chosen, waiting = waiting[:size], waiting[size:]
-            keep: Any = max(len(texts[i][1]) for i in chosen) + 1
-            if model.device.type == "cpu":
-                # For the slice that a number makes torch copies the output matrix once per row (2.7 GB for 8 rows of
-                # Gemma 3), for positions it does not. unsloth on a GPU knows numbers only.
-                keep = torch.arange(width - keep, width)
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(rows[i])) + rows[i] for i in chosen])
-            mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
-            logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
-                logits_to_keep=keep,
-                use_cache=False,
-            ).logits
-            for i, row in zip(chosen, logits, strict=True):
-                target = torch.tensor(texts[i][1], device=row.device)
-                predicted = row[-len(target) - 1 : -1].float()
-                nll[i] = float(torch.nn.functional.cross_entropy(predicted, target, reduction="sum"))
-            progress.update(len(chosen))
-    return [value / len(reference) for value, reference in zip(nll, references, strict=True)]

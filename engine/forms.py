@@ -40,7 +40,7 @@ def is_record(value: Any) -> bool:
         and is_table(value.get("settings"), object)
         and is_table(value.get("versions"), str)
         and is_table(value.get("files", {}), str)
-        and type(value.get("parallel", 1)) is int
+        and type(value.get("parallel", 1)) is type(value.get("step", 1)) is int
         and isinstance(measured, dict)
         and is_number(measured.get("seconds"))
     )

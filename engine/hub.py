@@ -32,7 +32,8 @@ logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its 
 
 REMEDIES = {
     401: "check the secret HF_TOKEN",
-    403: "check that the secret HF_TOKEN may do this, and that the terms of the repository are accepted",
+    403: "check that the secret HF_TOKEN may do this, that the terms of the repository are accepted, and that your "
+    "storage is not full",
     404: "check the name",
     429: "the hub is asked too often: wait a while",
 }
@@ -216,6 +217,11 @@ def open_private(api: HfApi, hub_repo: str, kind: str) -> None:
     except RepositoryNotFoundError:
         api.create_repo(hub_repo, repo_type=kind, private=True, exist_ok=True)
         return
+    refuse_public(hub_repo, private)
+
+
+def refuse_public(hub_repo: str, private: Any) -> None:
+    """RecipeError unless a repository is private, as the hub says."""
     if not private:
         raise RecipeError(
             f"hub_repo {hub_repo} exists and is public: make it private in its settings on the hub, or choose another "

@@ -97,7 +97,10 @@ def place_outputs(output_dir: str, drive_dir: str) -> str:
     except ImportError:
         return output_dir
     if not drive_dir:
-        print(f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it")
+        print(
+            f"a disconnect loses {output_dir}: set drive_dir to a folder of your Google Drive to keep it, or hub_repo "
+            "to keep checkpoints and answers"
+        )
         return output_dir
     drive.mount("/content/drive")
     return str(Path("/content/drive/MyDrive", drive_dir, output_dir))
@@ -238,6 +241,11 @@ def start_engine(engine: str) -> None:
             torch.cuda.set_device(int(number))
 
 
+def fits(need: Mapping[str, float], free_gib: float) -> bool:
+    """Whether a run that needs so many GiB, part by part, fits into the memory that is free."""
+    return sum(need.values()) <= 0.95 * free_gib
+
+
 def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], remedy: str) -> list[str]:
     """Lines that say whether a run that needs `need` GiB, part by part, fits the GPU (see `find_gpu`)."""
     total = sum(need.values())
@@ -246,8 +254,7 @@ def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], remedy:
     if gpu is None:
         return [needed, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
     bf16 = "yes" if gpu["compute_capability"] >= 8 else "no, float16 is used"
-    fits = total <= 0.95 * gpu["free_gib"]
-    verdict = "it fits" if fits else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"
+    verdict = "it fits" if fits(need, gpu["free_gib"]) else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"
     return [f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}", needed, verdict]
 
 

@@ -71,9 +71,10 @@ def machine_arguments(dtype: str, without_padding: bool, evaluate: bool, every: 
     }
 
 
-# The arguments of the trainer that decide the result: a training goes on only where they are the same.
-DECISIVE = "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size"
-DECISIVE += " warmup_steps neftune_noise_alpha optim bf16 seed padding_free"
+# The arguments of the trainer that decide the result: a training goes on only where they are the same. How many texts
+# of a step fit at a time is not among them: the next GPU may be a smaller one.
+DECISIVE = "learning_rate num_train_epochs max_steps world_size warmup_steps neftune_noise_alpha optim bf16 seed "
+DECISIVE += "padding_free"
 
 
 def decisive(args: TrainingArguments) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import ROOT
+from test_outlook import NAMES
+
+import helpers
 
 PAGES = sorted(
     path
@@ -179,10 +182,15 @@ def test_costs_are_computed_as_the_page_says():
     shown = {}
     for row in table[1:]:
         weights, tflops, bandwidth, rate, answering, *rest = map(value, row[2:])
-        slowdown = 0.63 * 989 / tflops + 0.37 * 3350 / bandwidth
-        tokens = rate * 27.2 / weights / slowdown
-        seconds = 2 * weights / 0.1 + 40e6 / tokens + answering * weights / 27.2 * slowdown
-        hours, price = seconds / 3600, rest[3]
+        card, engine = NAMES[row[0]], "unsloth" if "t4" in row[1] else "transformers"
+        slowdown = helpers.outlook.slowdown(card[0])
+        assert (tflops, bandwidth) in helpers.outlook.CARDS.values()
+        assert slowdown == 0.63 * 989 / tflops + 0.37 * 3350 / bandwidth
+        tokens = helpers.outlook.training_rate(weights, *card, engine)
+        assert tokens == pytest.approx(rate * 27.2 / weights / slowdown)
+        answers = helpers.outlook.answering_seconds(weights, *card)
+        assert answers == pytest.approx(answering * weights / 27.2 * slowdown)
+        hours, price = (2 * weights / 0.1 + 40e6 / tokens + answers) / 3600, rest[3]
         assert rest == [
             round(slowdown, 2),
             round(tokens),

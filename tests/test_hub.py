@@ -23,8 +23,37 @@ SHA = "c0ffee" + "0" * 34
 class Hub(BaseHTTPRequestHandler):
     """Creates repositories, takes files (safetensors as large files) and gives them back, with the cards of data sets.
 
-    `files` holds what was committed: {"datasets/me/rows": {"README.md": b"..."}}; models have no prefix.
+    `files` holds what was committed: {"datasets/me/rows": {"README.md": b"..."}}; models have no prefix, and the files
+    of a branch are those of "me/rows@branch". A request for which `lost(path)` is true gets no answer.
     """
+
+    def parse_request(self) -> bool:
+        return super().parse_request() and not self.server.lost(self.path)
+
+    def revision(self, repository: str, revision: str) -> dict[str, bytes]:
+        """The files of a branch or commit."""
+        if revision in self.server.snapshots:
+            return self.server.snapshots[revision]
+        return self.server.files.get(f"{repository}@{revision}", self.server.files.get(repository, {}))
+
+    def commit(self, repository: str, branch: str, changes: list[dict]) -> str:
+        """Take all changes at once; the new commit."""
+        key = f"{repository}@{branch}"
+        key = key if key in self.server.files else repository
+        content = {path: self.server.large.get(found, found) for path, found in committed(changes).items()}
+        gone = {change["value"]["path"] for change in changes if change["key"] == "deletedFile"}
+        kept = {path: found for path, found in self.server.files.get(key, {}).items() if path not in gone}
+        self.server.files[key] = kept | content
+        return self.sha(key)
+
+    def sha(self, key: str) -> str:
+        """The newest commit of a branch; that of main is always the same."""
+        if "@" not in key or key not in self.server.files:
+            return SHA
+        files = self.server.files[key]
+        found = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        self.server.snapshots[found] = files
+        return found
 
     def answer(self, body: object, status: int = 200, **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -39,17 +68,20 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if "/resolve/" in self.path:
             repository, _, rest = self.path[1:].partition("/resolve/")
-            file, card = rest.partition("/")[2], self.server.cards.get(repository.removeprefix("datasets/"))
-            content = self.server.files.get(repository, {}).get(file)
+            revision, _, file = rest.partition("/")
+            card = self.server.cards.get(repository.removeprefix("datasets/"))
+            content = self.revision(repository, revision).get(file)
             if file == "README.md" and card is not None:
                 content = f"---\n{yaml.safe_dump(card)}\n---\n".encode()
             if content is None:
                 return self.answer({}, 404, X_Error_Code="EntryNotFound")
-            return self.answer(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=SHA)
+            commit = revision if revision in self.server.snapshots else SHA
+            return self.answer(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=commit)
         kind, _, rest = self.path.removeprefix("/api/").partition("/")
         name = "/".join(rest.split("/")[:2]).partition("?")[0]
         repository = f"datasets/{name}" if kind == "datasets" else name
-        files = self.server.files.get(repository, {})
+        branch = self.path.partition("/revision/")[2].partition("?")[0]
+        files = self.revision(repository, branch)
         if not files and name not in self.server.cards:
             return self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
         if "/tree/" in self.path:
@@ -59,7 +91,8 @@ class Hub(BaseHTTPRequestHandler):
         if card is None:
             card = yaml.safe_load(files.get("README.md", b"---\n{}\n---").split(b"---")[1])
         siblings = [{"rfilename": path} for path in files]
-        info = {"id": name, "sha": SHA, "private": True, "tags": [], "siblings": siblings, "cardData": card}
+        info = {"id": name, "sha": self.sha(f"{repository}@{branch}"), "private": True, "tags": [], "cardData": card}
+        info["siblings"] = siblings
         return self.answer(info)
 
     do_HEAD = do_GET
@@ -73,7 +106,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path == "/api/repos/create":
-            self.server.created.append(json.loads(body))
+            self.server.created.append(made := json.loads(body))
+            prefix = "datasets/" if made.get("type") == "dataset" else ""
+            name = f"{prefix}{made['organization']}/{made['name']}" if made.get("organization") else made["name"]
+            self.server.files.setdefault(name, {".gitattributes": b""})
             self.answer({"url": f"{self.server.address}/me/thing", "id": "me/thing"})
         elif self.path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
@@ -89,28 +125,43 @@ class Hub(BaseHTTPRequestHandler):
                 if item["oid"] not in self.server.stored:
                     item["actions"] = {"upload": {"href": f"{self.server.address}/store/{item['oid']}", "header": {}}}
             self.answer({"transfer": "basic", "objects": objects})
+        elif "/branch/" in self.path:
+            repository, _, branch = self.path.removeprefix("/api/models/").partition("/branch/")
+            new = f"{repository}@{branch}" not in self.server.files
+            self.server.files.setdefault(f"{repository}@{branch}", {**self.server.files[repository]})
+            self.answer({}, 200 if new else 409)
+        elif "/super-squash/" in self.path:
+            self.server.squashed.append(self.path)
+            self.answer({})
         elif "/commit/" in self.path and self.server.refuse:
             self.answer({"error": "interrupted"}, 400)
         else:
             commit = [json.loads(line) for line in body.decode().splitlines()]
+            repository, _, branch = self.path.removeprefix("/api/").removeprefix("models/").partition("/commit/")
+            if commit[0]["value"].get("parentCommit", found := self.sha(f"{repository}@{branch}")) != found:
+                return self.answer({"error": "not the newest commit"}, 412)
             self.server.commits.append(commit)
-            repository = self.path.removeprefix("/api/").removeprefix("models/").partition("/commit/")[0]
-            contents = {path: self.server.large.get(content, content) for path, content in committed(commit).items()}
-            self.server.files.setdefault(repository, {}).update(contents)
-            url = f"{self.server.address}/me/thing/commit/{SHA}"
-            self.answer({"success": True, "commitOid": SHA, "commitUrl": url})
+            sha = self.commit(repository, branch, commit)
+            url = f"{self.server.address}/me/thing/commit/{sha}"
+            self.answer({"success": True, "commitOid": sha, "commitUrl": url})
 
     def log_message(self, *_: object) -> None:
         pass
 
 
-@pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+def serve(handler: type[Hub]) -> ThreadingHTTPServer:
+    """A hub of this kind, empty, on any free port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.cards, server.created, server.commits, server.stored, server.refuse = {}, [], [], [], False
-    server.files, server.large = {}, {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.files, server.large, server.snapshots, server.squashed, server.lost = {}, {}, {}, [], lambda path: False
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def hub():
+    server = serve(Hub)
     yield server
     server.shutdown()
 

@@ -39,7 +39,7 @@ def one_by_one(model, tokenizer, prompt, reference):
 @pytest.mark.parametrize("batch_tokens", [1, 1024, 4096])
 def test_likelihood_in_batches_is_that_of_one_by_one(tiny, prompts, batch_tokens):
     expected = [one_by_one(*tiny, *pair) for pair in zip(prompts, REFERENCES, strict=True)]
-    found = helpers.answers.reference_nll(*tiny, prompts, REFERENCES, batch_tokens)
+    found = helpers.likelihood.reference_nll(*tiny, prompts, REFERENCES, batch_tokens)
     assert found == pytest.approx(expected, rel=1e-5)
     assert len(set(found)) == 3
 
@@ -52,17 +52,17 @@ def test_likelihood_computes_logits_for_the_references_alone(tiny, prompts, monk
     monkeypatch.setattr(
         model, "forward", lambda **values: shapes.append((out := forward(**values)).logits.shape) or out
     )
-    helpers.answers.reference_nll(model, tokenizer, prompts, REFERENCES)
+    helpers.likelihood.reference_nll(model, tokenizer, prompts, REFERENCES)
     longest = max(len(tokenizer(reference, add_special_tokens=False)["input_ids"]) for reference in REFERENCES)
     assert [shape[:2] for shape in shapes] == [(3, longest + 1)]
 
 
 def test_likelihood_is_the_same_after_answering_in_slots(tiny, prompts):
     """Notebook 04 answers first; the attention of its slots cannot read padded batches."""
-    before = helpers.answers.reference_nll(*tiny, prompts, REFERENCES)
+    before = helpers.likelihood.reference_nll(*tiny, prompts, REFERENCES)
     helpers.slots.Decoder(tiny[0], slots=2, columns=64)
     assert tiny[0].config._attn_implementation == "slots"
-    assert helpers.answers.reference_nll(*tiny, prompts, REFERENCES) == before
+    assert helpers.likelihood.reference_nll(*tiny, prompts, REFERENCES) == before
 
 
 def test_unsloth_finds_the_same_likelihood(quantized, prompts):
@@ -70,7 +70,7 @@ def test_unsloth_finds_the_same_likelihood(quantized, prompts):
     for engine in ("transformers", "unsloth"):
         model, tokenizer = helpers.models.load(str(quantized), engine, max_seq_length=512, dtype="float32")
         model.eval()
-        found.append(helpers.answers.reference_nll(model, tokenizer, prompts, REFERENCES))
+        found.append(helpers.likelihood.reference_nll(model, tokenizer, prompts, REFERENCES))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
@@ -79,7 +79,7 @@ def test_likelihood_copies_no_output_matrix(tiny, prompts):
     model, tokenizer = tiny
     model.requires_grad_(False)
     with torch.profiler.profile(record_shapes=True) as profile:
-        helpers.answers.reference_nll(model, tokenizer, prompts, REFERENCES)
+        helpers.likelihood.reference_nll(model, tokenizer, prompts, REFERENCES)
     copied = [len(prompts), model.config.hidden_size, model.config.vocab_size]
     shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
     assert shapes

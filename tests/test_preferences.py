@@ -114,7 +114,7 @@ def test_notebook_4_gets_an_adapter_that_prefers_the_chosen_answers(tmp_path, mo
 
     def margin():
         nll = [
-            helpers.answers.reference_nll(lm, tokenizer, prompts, [r[name] for r in rows])
+            helpers.likelihood.reference_nll(lm, tokenizer, prompts, [r[name] for r in rows])
             for name in ("response", "rejected")
         ]
         return sum(nll[1]) - sum(nll[0])

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from test_lora import gemma2
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-)
+from transformers import Gemma2Config, Gemma2ForCausalLM, set_seed
 from transformers.integrations.neftune import activate_neftune
+from trl import SFTConfig, SFTTrainer
 
 import helpers
 
@@ -73,3 +72,52 @@ def test_an_interrupted_question_leaves_the_model_as_it_was():
         assert not model.training and model.config._attn_implementation == "eager" and model.config.use_cache
         raise KeyboardInterrupt
     assert model.training and model.config._attn_implementation == "examples" and not model.config.use_cache
+
+
+def train_in(dtype, folder, scale=2.0**16, checkpoint=None):
+    """Losses of a training of the tiny model on a CPU in this number type, with the arguments of notebook 3.
+
+    accelerate scales no gradients on a CPU. So that they are scaled as on a GPU without bfloat16, it is told to.
+    """
+    model, tokenizer = helpers.models.load("data/tiny/gemma2", "transformers", max_seq_length=64, dtype=dtype)
+    rows = [[2, *range(10 + number, 20 + 2 * number), 1] for number in range(8)]
+    dataset = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows])
+    without_padding = helpers.rows.switch_on(model, rows[:2])
+    assert without_padding and model.dtype == getattr(torch, dtype)
+    set_seed(1)
+    modules = helpers.shapes.lora_targets(model.config)
+    model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=modules))
+    own = helpers.training.machine_arguments(dtype, without_padding, False, 5, 2)
+    assert (own["fp16"], own["bf16"]) == (dtype == "float16", dtype == "bfloat16")
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "max_length": None}
+    logs = {"logging_steps": 1, "save_steps": 4, "report_to": "none", "learning_rate": 0.01, "output_dir": str(folder)}
+    trainer = SFTTrainer(model, SFTConfig(**sizes, **logs, **own), train_dataset=dataset, processing_class=tokenizer)
+    if dtype == "float16":
+        assert trainer.accelerator.mixed_precision == "fp16"
+        trainer.accelerator.native_amp, trainer.accelerator.scaler = (
+            True,
+            torch.amp.GradScaler("cpu", scale),
+        )
+    helpers.training.prepare(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.accelerator.scaler
+
+
+@pytest.mark.plain_trl
+def test_float16_trains_with_scaled_gradients(tmp_path):
+    """As on a T4: the losses of float32 up to rounding, although the model computes in float16."""
+    expected, _ = train_in("float32", tmp_path / "float32")
+    losses, scaler = train_in("float16", tmp_path / "float16")
+    assert losses == pytest.approx(expected, rel=1e-3) and losses[-1] < losses[0] - 1
+    assert scaler.get_scale() == 2.0**16
+
+
+@pytest.mark.plain_trl
+def test_steps_that_overflow_in_float16_are_left_out_and_a_checkpoint_holds_the_scale(tmp_path):
+    losses, scaler = train_in("float16", tmp_path / "whole", 2.0**20)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[-1] < losses[0] - 1
+    assert scaler.get_scale() < 2.0**20
+    checkpoint = tmp_path / "whole/checkpoint-4"
+    assert torch.load(checkpoint / "scaler.pt", weights_only=True)["scale"] < 2.0**20
+    assert train_in("float16", tmp_path / "again", 2.0**20, str(checkpoint))[0] == losses

@@ -6,10 +6,8 @@ import pickle
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
@@ -19,6 +17,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_hub import Hub, call
+from test_hub import serve as start_hub
 from test_judge import GOOD, TASKS, judge, serve  # noqa: F401, a fixture
 
 import helpers
@@ -247,12 +246,9 @@ class Hostile(Hub):
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    server.cards, server.created, server.commits, server.stored, server.refuse = {}, [], [], [], False
-    server.files, server.large, server.broken, server.private = {}, {}, {}, True
+    server = start_hub(Hostile)
+    server.broken, server.private = {}, True
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
