@@ -100,7 +100,7 @@ def make_trainer(model: Any, tokenizer: Any, pairs: list[dict], out: Path, seed:
     options |= {"bf16": str(model.dtype) == "torch.bfloat16", "use_cpu": model.device.type == "cpu"}
     options |= {"per_device_train_batch_size": PAIRS_AT_A_TIME, "gradient_checkpointing": False}
     options |= {"gradient_accumulation_steps": PAIRS_PER_STEP // PAIRS_AT_A_TIME, "output_dir": str(out)}
-    lora = LoraConfig(**LORA, target_modules=helpers.shapes.lora_targets(model.config), task_type="CAUSAL_LM")
+    lora = LoraConfig(**LORA, **helpers.shapes.lora_targets(model.config), task_type="CAUSAL_LM")
     data = Dataset.from_list([pair_ids(tokenizer, pair) for pair in pairs])
     args = DPOConfig(**options)
     trainer = PairTrainer(model=model, processing_class=tokenizer, train_dataset=data, args=args, peft_config=lora)

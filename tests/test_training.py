@@ -85,8 +85,8 @@ def train_in(dtype, folder, scale=2.0**16, checkpoint=None):
     without_padding = helpers.rows.switch_on(model, rows[:2])
     assert without_padding and model.dtype == getattr(torch, dtype)
     set_seed(1)
-    modules = helpers.shapes.lora_targets(model.config)
-    model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=modules))
+    targets = helpers.shapes.lora_targets(model.config)
+    model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **targets))
     own = helpers.training.machine_arguments(dtype, without_padding, False, 5, 2)
     assert (own["fp16"], own["bf16"]) == (dtype == "float16", dtype == "bfloat16")
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "max_length": None}
