@@ -25,7 +25,7 @@ smoke: setup
 
 test: setup
 	$(BIN)/python -m pytest --nbmake notebooks/*.ipynb
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 lint: setup
 	$(BIN)/ruff check .

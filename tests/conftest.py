@@ -29,9 +29,10 @@ def pytest_pyfunc_call(pyfuncitem):
 def pytest_collection_modifyitems(items):
     """What lies in tests/notebooks executes notebooks, and nothing else does: `pytest -m "not notebook"`.
 
-    First come the tests marked `plain_trl`, as long as no test has loaded unsloth.
+    First come the tests marked `plain_trl`, as long as no test has loaded unsloth, then those that execute notebooks:
+    they are the long ones, and what is left for the end (`--dist worksteal`) shall be short.
     """
-    items.sort(key=lambda item: item.get_closest_marker("plain_trl") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("plain_trl") is None, item.path.parent.name != "notebooks"))
     for item in items:
         if item.path.parent.name == "notebooks":
             item.add_marker("notebook")

@@ -14,6 +14,9 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_hub import committed, hub  # noqa: F401, a fixture
+from test_judge import GOOD, serve  # noqa: F401, a fixture
+
+import helpers
 
 
 @pytest.fixture
@@ -119,13 +122,26 @@ def run_alone(notebook: str, folder: Path, **values: object) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
-def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, repository, tmp_path, monkeypatch):  # noqa: F811
+KEYS = {
+    "HF_TOKEN": "hf_" + "Zq7" * 11 + "x",
+    "WANDB_API_KEY": "5ec2e7" * 6 + "beef",
+    "JUDGE_API_KEY": "sk-" + "Jd4" * 9,
+}
+
+
+def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, serve, repository, tmp_path, monkeypatch):  # noqa: F811
+    """And no key is in anything that is written or pushed: neither in an executed notebook nor in a log, a report, a
+    checkpoint or wandb's folder.
+    """
+    for name, key in KEYS.items():
+        monkeypatch.setenv(name, key)
+        assert helpers.machine.secret(name) == key
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("RECIPE_REPOSITORY", repository)
     monkeypatch.setenv("HF_ENDPOINT", hub.address)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
     said = run_alone("01_quantize", tmp_path / "1", hub_repo="me/quantized")
     assert 'in notebook 3: model = "me/quantized"' in said
     said = run_alone("02_filter_magpie", tmp_path / "2", hub_repo="me/filtered", dataset="data/sample/magpie.jsonl")
@@ -139,9 +155,11 @@ def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, reposit
     pushed = hub.files["datasets/me/filtered"]  # the sample is a file of one's own, so its card names no licence
     pushed["README.md"] = pushed["README.md"].replace(b"---", b"---\nlicense: apache-2.0", 1)
     values = {"model": "me/quantized", "train_data": "me/filtered", "hub_repo": "me/adapter", "max_steps": 3}
-    said = run_alone("03_sft", tmp_path / "3", **values, warmup_steps=1, logging_steps=1)
+    values |= {"warmup_steps": 1, "wandb_project": "secrets"}
+    said = run_alone("03_sft", tmp_path / "3", **values)
     assert 'in notebook 4: adapter = "me/adapter"' in said
-    run_alone("04_rag_inference", tmp_path / "4", adapter="me/adapter", max_new_tokens=4)
+    judge = {"judge_base_url": serve(GOOD).url, "judge_model": "judge-1"}
+    run_alone("04_rag_inference", tmp_path / "4", adapter="me/adapter", max_new_tokens=4, **judge)
     made = tmp_path / "4/gemma2-ja-qlora/outputs/alone"
     rows = [json.loads(line) for line in (made / "output.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 10 and not (made / "quantized").exists()
@@ -151,6 +169,17 @@ def test_each_notebook_runs_alone_on_what_the_one_before_has_pushed(hub, reposit
     assert adapter["inputs"]["model"]["sha256"] == model["sha256"] != ""
     # The record leads from the answers back to the rows before the filter, over three repositories.
     assert adapter["inputs"]["train_data"]["inputs"]["dataset"]["name"] == "data/sample/magpie.jsonl"
+    assert json.loads((made / "scores.json").read_text(encoding="utf-8"))["judge"]["grades"]
+
+    written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [name for name in written if name.endswith(".wandb")], "wandb wrote nothing: it was not switched on"
+    assert {str(tmp_path / number / "out.ipynb") for number in "1234"} <= written.keys()
+    pushed = {f"{repo}/{name}": content for repo, files in hub.files.items() for name, content in files.items()}
+    assert "me/adapter/adapter_model.safetensors" in pushed
+    holds = [
+        (place, n) for place, text in (written | pushed).items() for n, key in KEYS.items() if key.encode() in text
+    ]
+    assert not holds
 
 
 COLAB_DRIVE = """
@@ -178,7 +207,7 @@ def test_each_notebook_runs_alone_on_what_lies_in_google_drive(repository, tmp_p
     try:
         run_alone("01_quantize", tmp_path / "1", drive_dir="recipe")
         run_alone("02_filter_magpie", tmp_path / "2", drive_dir="recipe")
-        run_alone("03_sft", tmp_path / "3", drive_dir="recipe", max_steps=3, warmup_steps=1)
+        run_alone("03_sft", tmp_path / "3", drive_dir="recipe", max_steps=2, warmup_steps=1)
         run_alone("04_rag_inference", tmp_path / "4", drive_dir="recipe", max_new_tokens=4)
     finally:
         shutil.rmtree("/content")

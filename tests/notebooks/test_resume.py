@@ -3,56 +3,75 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
+from functools import cache
 from pathlib import Path
 
 import nbformat
 import papermill
-import psutil
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
+from nbconvert import PythonExporter
 
 FILTER = {"dataset": "data/sample/magpie.jsonl", "dataset_revision": ""}
 TRAIN = {"engine": "transformers", "r": 4, "lora_alpha": 4, "qa_data": "data/sample/qa.jsonl"}
-TRAIN |= {"max_seq_length": 64, "max_steps": 30, "warmup_steps": 2, "save_steps": 5, "logging_steps": 1}
+TRAIN |= {"max_seq_length": 64, "max_steps": 6, "warmup_steps": 2, "save_steps": 2, "logging_steps": 1}
 TRAIN |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "wandb_project": ""}
 ANSWER = {"tasks": "data/sample/tasks.jsonl", "qa_data": "data/sample/qa.jsonl", "retriever": "data/tiny/colbert"}
-ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 40}
+ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 12}
 # In bf16 an answer can change with its neighbours, by rounding alone: one at a time.
 ANSWER |= {"model": "data/tiny/gemma2", "adapter": "none", "batch_size": 1}
 
 
-def parameters(name, output_dir, smoke, **values):
+def prepare(name, output_dir, smoke, **values):
+    """The notebook with these values, as papermill would execute it."""
     trained = {"model": str(smoke / "quantized"), "train_data": str(smoke / "filtered_magpie.jsonl")}
     own = {"02_filter_magpie": FILTER, "03_sft": TRAIN | trained, "04_rag_inference": ANSWER}
-    return {"output_dir": str(output_dir)} | own[name] | values
+    parameters = {"output_dir": str(output_dir)} | own[name] | values
+    notebook = papermill.execute_notebook(ROOT / f"notebooks/{name}.ipynb", None, parameters, prepare_only=True)
+    return nbformat.from_dict(notebook)
 
 
-def start(name, output_dir, smoke, **changed):
-    """Start a notebook as its users do; it runs in a kernel, a process of its own."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    values = [
-        text
-        for pair in parameters(name, output_dir, smoke, **changed).items()
-        for text in ("-p", pair[0], str(pair[1]))
-    ]
-    command = [f"notebooks/{name}.ipynb", str(output_dir / "out.ipynb"), "--no-progress-bar", *values]
-    return subprocess.Popen([sys.executable, "-m", "papermill", *command], cwd=ROOT)
+def code(notebook):
+    """Id and source of its code cells."""
+    return [(cell.get("id"), cell.source) for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def kill_when(process, reached):
-    """kill -9 papermill and its kernel as soon as `reached()`."""
-    deadline = time.monotonic() + 1200
-    while not reached():
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.kill()
-    process.wait()
+@pytest.fixture(scope="module")
+def run():
+    """Runs cells in a forked process (forks.py): `run(cells, folder)` returns what is printed, and the ends."""
+    command = [sys.executable, Path(__file__).with_name("forks.py")]
+    environment = os.environ | {"MPLBACKEND": "agg"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as forks:
+
+        def run(cells, folder, kill="never"):
+            log = folder.with_suffix(".log")
+            job = {"cells": cells, "folder": str(folder), "log": str(log), "kill": kill}
+            print(json.dumps(job), file=forks.stdin, flush=True)
+            answer = json.loads(forks.stdout.readline())
+            printed = log.read_text(encoding="utf-8")
+            assert answer["status"] == (-signal.SIGKILL if isinstance(kill, dict) else 0), printed[-3000:]
+            return printed, answer["cells"]
+
+        yield run
+        forks.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def whole(run, smoke, tmp_path_factory):
+    """The folder of an undisturbed run of a notebook."""
+
+    @cache
+    def whole(name):
+        folder = tmp_path_factory.mktemp(name) / "whole"
+        run(code(prepare(name, folder, smoke)), folder)
+        return folder
+
+    return whole
 
 
 def outputs(output_dir):
@@ -73,82 +92,91 @@ def losses(output_dir):
     return [loss for _, loss in report["loss"]]
 
 
-def test_killed_training_goes_on_and_ends_the_same(smoke, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start("03_sft", whole, smoke).wait() == 0
-    checkpoint = killed / "checkpoints/checkpoint-10/record.json"
-    kill_when(start("03_sft", killed, smoke), checkpoint.exists)
-    assert not (killed / "sft_metrics.json").exists()
-    assert start("03_sft", killed, smoke).wait() == 0
-    assert losses(killed) == pytest.approx(losses(whole), rel=1e-6)
-    assert len(losses(whole)) == TRAIN["max_steps"]
-    # 04 knows an adapter by the bytes of its files, so these may not depend on the process that wrote them.
-    for name in ("adapter_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (killed / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+MADE = {
+    "02_filter_magpie": ("filtered_magpie.jsonl", "dropped_magpie.jsonl", "filtered_magpie.jsonl.record.json"),
+    "03_sft": ("adapter/adapter_model.safetensors", "adapter/README.md", "adapter/record.json"),
+    "04_rag_inference": ("output.jsonl", "output.jsonl.record.json", "scores.json"),
+}
+# 04 knows an adapter by the bytes of its files, so these may not depend on the process that wrote them.
+MADE["03_sft"] += tuple(f"adapter/{name}.json" for name in ("adapter_config", "tokenizer", "tokenizer_config"))
+# What writes into the folder: to be killed after another cell is to be killed after the one before it.
+WRITING = {
+    "02_filter_magpie": {"filter"},
+    "03_sft": {"run", "metrics", "save"},
+    "04_rag_inference": {"answer", "output", "metrics", "scores"},
+}
 
 
-def test_killed_inference_answers_only_what_is_missing(smoke, tmp_path):
+def check_same(name, folder, whole):
+    """The two runs lie in two folders, and that is all they may differ in."""
+    for file in MADE[name]:
+        texts = [(place / file).read_bytes().replace(str(place).encode(), b"") for place in (folder, whole)]
+        assert texts[0] == texts[1], file
+    if name == "03_sft":
+        assert losses(folder) == losses(whole)
+        assert len(losses(whole)) == TRAIN["max_steps"]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_killed_after_every_cell_it_ends_the_same(name, run, whole, smoke, tmp_path):
+    killed = tmp_path / "killed"
+    _, after = run(code(prepare(name, killed, smoke)), killed, "after cells")
+    assert WRITING[name] <= set(after)
+    check_same(name, killed, whole(name))
+
+
+def test_killed_training_goes_on_and_ends_the_same(run, whole, smoke, tmp_path):
+    killed = tmp_path / "killed"
+    cells = code(prepare("03_sft", killed, smoke))
+    checkpoint = killed / "checkpoints/checkpoint-2"
+    run(cells, killed, {"file": str(checkpoint / "record.json"), "lines": 1})
+    assert not (killed / "checkpoints/checkpoint-6").exists() and not (killed / "sft_metrics.json").exists()
+    printed, _ = run(cells, killed)
+    assert f"from {checkpoint}\n" in printed
+    check_same("03_sft", killed, whole("03_sft"))
+
+
+def test_killed_inference_answers_only_what_is_missing(run, whole, smoke, tmp_path):
     """One at a time, answers are those of an undisturbed run."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start("04_rag_inference", whole, smoke).wait() == 0
-    log = killed / "answers.jsonl"
-    kill_when(start("04_rag_inference", killed, smoke), lambda: log.exists() and log.read_bytes().count(b"\n") >= 3)
+    killed = tmp_path / "killed"
+    cells, log = code(prepare("04_rag_inference", killed, smoke)), killed / "answers.jsonl"
+    run(cells, killed, {"file": str(log), "lines": 3})
     assert not (killed / "output.jsonl").exists()
     finished = log.read_bytes().split(b"\n")[:-1]
-    assert len(finished) < 10
-    assert start("04_rag_inference", killed, smoke).wait() == 0
-    assert log.read_bytes().split(b"\n")[: len(finished)] == finished
+    assert len(finished) == 3
+    printed, _ = run(cells, killed)
+    assert "3 tasks are already answered, 7 to go" in printed
+    assert log.read_bytes().split(b"\n")[:3] == finished
     texts, kept = outputs(killed), {row["task_id"]: row["output"] for row in map(json.loads, finished)}
     assert list(texts) == list(range(10)) and kept.items() <= texts.items()
-    check_mostly_equal(texts, outputs(whole))
+    check_mostly_equal(texts, outputs(whole("04_rag_inference")))
 
 
-def test_killed_inference_goes_on_with_the_number_of_its_record(smoke, tmp_path):
+def test_killed_inference_goes_on_with_the_number_of_its_record(run, smoke, tmp_path):
     """Several at a time, an answer can change in bf16 with what is decoded beside it: what is written stays, and the
     rest is decoded as many at a time as before.
     """
-    log, record = tmp_path / "answers.jsonl", tmp_path / "output.jsonl.record.json"
-    kill_when(start("04_rag_inference", tmp_path, smoke, batch_size=4), lambda: log.exists() and log.read_bytes())
+    killed = tmp_path / "killed"
+    log, record = killed / "answers.jsonl", killed / "output.jsonl.record.json"
+    run(code(prepare("04_rag_inference", killed, smoke, batch_size=4)), killed, kill={"file": str(log), "lines": 1})
     begun = json.loads(record.read_text(encoding="utf-8"))
     assert begun["parallel"] == 4 and "files" not in begun
     finished = log.read_bytes().split(b"\n")[:-1]
-    assert start("04_rag_inference", tmp_path, smoke, batch_size=0).wait() == 0
-    assert log.read_bytes().split(b"\n")[: len(finished)] == finished
-    rows = [json.loads(line) for line in (tmp_path / "output.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 10
-    whole = json.loads(record.read_text(encoding="utf-8"))
-    assert whole["parallel"] == 4 and whole["files"].keys() == {"output.jsonl"}
+    run(code(prepare("04_rag_inference", killed, smoke, batch_size=0)), killed)
+    assert 0 < len(finished) < 10 and log.read_bytes().split(b"\n")[: len(finished)] == finished
+    assert len(outputs(killed)) == 10
+    done = json.loads(record.read_text(encoding="utf-8"))
+    assert done["parallel"] == 4 and done["files"].keys() == {"output.jsonl"}
 
 
-def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
+def test_run_all_twice_in_one_process_gives_the_same(run, smoke, tmp_path):
     """All cells, all cells again, and the cells from the results on once more: same answers, scores and metrics."""
     once, again = tmp_path / "once", tmp_path / "again"
-    values = {"batch_size": 4, "ban_words": False, "k": 0}
-    papermill.execute_notebook(
-        ROOT / "notebooks/04_rag_inference.ipynb",
-        None,
-        parameters("04_rag_inference", once, smoke, **values),
-        kernel_name="python3",
-        cwd=ROOT,
-        progress_bar=False,
-    )
-    notebook = nbformat.from_dict(
-        papermill.execute_notebook(
-            ROOT / "notebooks/04_rag_inference.ipynb",
-            None,
-            parameters("04_rag_inference", again, smoke, **values),
-            prepare_only=True,
-        )
-    )
-    results = [cell.id for cell in notebook.cells].index("answer")
-    notebook.cells = [
-        nbformat.v4.new_code_cell(cell.source)
-        for cell in [*notebook.cells, *notebook.cells, *notebook.cells[results:]]
-        if cell.cell_type == "code"
-    ]
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    printed = [output.text for cell in notebook.cells for output in cell.outputs if output.output_type == "stream"]
-    assert [text.strip() for text in printed if "already answered" in text] == [
+    cells = code(prepare("04_rag_inference", again, smoke, batch_size=4, ban_words=False, k=0))
+    results = [name for name, _ in cells].index("answer")
+    copy = ("copy", f"import shutil; shutil.copytree({str(again)!r}, {str(once)!r})")
+    printed, _ = run([*cells, copy, *cells, *cells[results:]], again)
+    assert [line for line in printed.splitlines() if "already answered" in line] == [
         "0 tasks are already answered, 10 to go",
         "10 tasks are already answered, 0 to go",
         "10 tasks are already answered, 0 to go",
@@ -162,104 +190,50 @@ def test_run_all_twice_in_one_kernel_gives_the_same(smoke, tmp_path):
     assert metrics["seconds"] > 0  # the time that the answers took, not that of reading the log
 
 
-# Runs the cells of a notebook again and again in one folder, killed after its first cell, after its second and so on,
-# and at last to the end; before that once undisturbed in another folder. Forked from one process that has imported what
-# takes long, so that a start costs little.
-KILLS = """
-import json, os, sys
-import peft, torch, transformers, trl
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
-
-cells, whole, killed = json.load(open(sys.argv[1])), *sys.argv[2:4]
-torch.set_num_threads(1)
-for folder, last in [(whole, None), *((killed, number) for number in range(len(cells))), (killed, None)]:
-    sys.stdout.flush()
-    if (child := os.fork()) == 0:
-        scope = {"__name__": "__main__"}
-        for number, (name, code) in enumerate(cells):
-            exec(compile(code.replace("FOLDER", folder), f"<{name}>", "exec"), scope)
-            if number == last:
-                os._exit(9)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == (0 if last is None else 9), f"{status} when killed after {last}"
-"""
-MADE = {
-    "02_filter_magpie": ("filtered_magpie.jsonl", "dropped_magpie.jsonl", "filtered_magpie.jsonl.record.json"),
-    "03_sft": ("adapter/adapter_model.safetensors", "adapter/README.md", "adapter/record.json"),
-    "04_rag_inference": ("output.jsonl", "output.jsonl.record.json", "scores.json"),
-}
-
-
-@pytest.mark.parametrize("name", MADE)
-def test_killed_after_every_cell_it_ends_the_same(smoke, tmp_path, name):
-    prepared = papermill.execute_notebook(
-        ROOT / f"notebooks/{name}.ipynb", None, parameters(name, Path("FOLDER"), smoke), prepare_only=True
-    )
-    code = [(cell.get("id"), cell.source) for cell in nbformat.from_dict(prepared).cells if cell.cell_type == "code"]
-    (tmp_path / "cells.json").write_text(json.dumps(code), encoding="utf-8")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = [sys.executable, "-c", KILLS, tmp_path / "cells.json", whole, killed]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    for file in MADE[name]:
-        # The two runs lie in two folders, and that is all they may differ in.
-        texts = [(folder / file).read_bytes().replace(str(folder).encode(), b"") for folder in (whole, killed)]
-        assert texts[0] == texts[1], file
-    if name == "03_sft":
-        assert losses(killed) == losses(whole)
-
-
-def run_in_processes(count, name, output_dir, smoke, **values):
-    """Run a notebook in one or several processes as the README says, on a CPU (gloo) and on any free port."""
+def run_in_two(name, output_dir, smoke, **values):
+    """Run a notebook in two processes as the README says, on a CPU (gloo) and on any free port; what is printed."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    notebook, script = (str(output_dir / f"notebook.{suffix}") for suffix in ("ipynb", "py"))
-    papermill.execute_notebook(
-        ROOT / f"notebooks/{name}.ipynb", notebook, parameters(name, output_dir, smoke, **values), prepare_only=True
-    )
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
-    launch = [*launch, "--main_process_port", "0"] if count > 1 else []
+    script, _ = PythonExporter().from_notebook_node(prepare(name, output_dir, smoke, **values))
+    (output_dir / "notebook.py").write_text(script, encoding="utf-8")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     # accelerate would call the CPU of several processes "cpu:0", to which torch cannot load a checkpoint.
     environment = os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu"}
-    for command in (["-m", "nbconvert", "--to", "python", notebook], [*launch, script]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, *launch, str(output_dir / "notebook.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_two_processes_train_like_one_with_twice_the_accumulation(smoke, tmp_path):
-    values = {"neftune_noise_alpha": 0, "max_steps": 6, "save_steps": 3, "eval_share": 0.045}  # 8 texts
-    run_in_processes(1, "03_sft", tmp_path / "one", smoke, gradient_accumulation_steps=4, **values)
-    printed = run_in_processes(2, "03_sft", tmp_path / "two", smoke, gradient_accumulation_steps=2, **values)
-    assert printed.count("6 steps of 8 texts") == 1  # one process speaks for both
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    reports = [json.loads((tmp_path / name / "sft_metrics.json").read_text()) for name in ("one", "two")]
+def test_two_processes_train_like_one_with_twice_the_accumulation(run, smoke, tmp_path):
+    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+    values = {"neftune_noise_alpha": 0, "max_steps": 4, "eval_share": 0.045}  # 8 texts
+    run(code(prepare("03_sft", one, smoke, gradient_accumulation_steps=4, **values)), one)
+    printed = run_in_two("03_sft", two, smoke, gradient_accumulation_steps=2, **values)
+    assert printed.count("4 steps of 8 texts") == 1  # one process speaks for both
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    reports = [json.loads((folder / "sft_metrics.json").read_text()) for folder in (one, two)]
     held_out = [[loss for _, loss in report["held_out"]] for report in reports]
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)  # a mean over rows, and over pairs of rows by tokens
 
     # Two processes go on from the checkpoint in the middle.
-    left_out = shutil.ignore_patterns("checkpoint-6")
-    shutil.copytree(tmp_path / "two/checkpoints", tmp_path / "resumed/checkpoints", ignore=left_out)
-    printed = run_in_processes(2, "03_sft", tmp_path / "resumed", smoke, gradient_accumulation_steps=2, **values)
-    assert f"from {tmp_path}/resumed/checkpoints/checkpoint-3" in printed
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
+    left_out = shutil.ignore_patterns("checkpoint-4")
+    shutil.copytree(two / "checkpoints", resumed / "checkpoints", ignore=left_out)
+    printed = run_in_two("03_sft", resumed, smoke, gradient_accumulation_steps=2, **values)
+    assert f"from {resumed}/checkpoints/checkpoint-2" in printed
+    assert losses(resumed) == losses(two)
 
 
-def test_two_processes_answer_like_one(smoke, tmp_path):
-    run_in_processes(1, "04_rag_inference", tmp_path / "one", smoke)
+def test_two_processes_answer_like_one(whole, smoke, tmp_path):
+    one, two = whole("04_rag_inference"), tmp_path / "two"
     # In the other folder lies a finished run with other settings, in one process.
-    (tmp_path / "two").mkdir()
-    old = [json.loads(line) | {"key": "old"} for line in (tmp_path / "one/answers.jsonl").read_bytes().splitlines()]
-    (tmp_path / "two/answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    two.mkdir()
+    old = [json.loads(line) | {"key": "old"} for line in (one / "answers.jsonl").read_bytes().splitlines()]
+    (two / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
     for name in ("output.jsonl", "output.jsonl.record.json"):
-        shutil.copy(tmp_path / "one" / name, tmp_path / "two")
-    run_in_processes(2, "04_rag_inference", tmp_path / "two", smoke)
-    assert not (tmp_path / "two/answers.jsonl").exists()
-    assert len(list((tmp_path / "two").glob("answers.*.jsonl"))) == 2
-    texts = outputs(tmp_path / "two")
+        shutil.copy(one / name, two)
+    run_in_two("04_rag_inference", two, smoke)
+    assert not (two / "answers.jsonl").exists()
+    assert len(list(two.glob("answers.*.jsonl"))) == 2
+    texts = outputs(two)
     assert list(texts) == list(range(10))
-    check_mostly_equal(texts, outputs(tmp_path / "one"))
+    check_mostly_equal(texts, outputs(one))

@@ -69,6 +69,18 @@ def test_training_lowered_the_loss(smoke):
     assert metrics["steps"] == len(metrics["loss"])
 
 
+def test_values_of_the_run_file_reach_training_and_inference(smoke):
+    """Neither r nor k is the default."""
+    config = json.loads((smoke / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["base_model_name_or_path"]) == (8, "outputs/smoke/quantized")
+    training, inference = (
+        json.loads((smoke / f"{name}_metrics.json").read_text(encoding="utf-8")) for name in ("sft", "inference")
+    )
+    assert training["attention"] != "sdpa"
+    assert set(inference["shots"].values()) == {3}
+    assert inference["answered"] == inference["tasks"] == 10
+
+
 @torch.no_grad()
 def test_adapter_changes_the_output(smoke, inputs):
     model, _ = helpers.models.load("outputs/smoke/quantized", "transformers", max_seq_length=512)

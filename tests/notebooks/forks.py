@@ -1,0 +1,98 @@
+"""Runs cells in processes forked from this one, which has imported what takes long: so a start costs little.
+
+Reads jobs from standard input, one JSON object per line: `cells` (id and source of each), the `folder` that they write
+to, the `log` for what they print, and when to `kill` the process:
+
+    "never"                        it runs to the end
+    "after cells"                  again and again, until one gets to the end; each is killed after one cell more than
+                                   the one before
+    {"file": path, "lines": n}     as soon as the file has so many lines, when the next file is opened: in a cell
+
+Answers each with one JSON line: the `status` of the last process, and the ids of the `cells` after which one was
+killed.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+IMPORTED = ["bitsandbytes", "datasets", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers", "trl"]
+IMPORTED += ["transformers.models.gemma2.modeling_gemma2", "colbert", "matplotlib_fontja"]
+FIRST = 100  # exit status of a process that was killed after the first cell
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All that a later run can find in the folder; the lock names its holder and ends with it."""
+    paths = [path for path in folder.rglob("*") if path.suffix not in (".lock", ".holder")]
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def kill_when(file: str, lines: int) -> None:
+    """Kill this process when the file has so many lines; asked whenever a file is opened, so no clock decides."""
+    asking = False
+
+    def hook(event: str, _: tuple) -> None:
+        nonlocal asking
+        if event == "open" and not asking and os.path.exists(file):
+            asking = True
+            if Path(file).read_bytes().count(b"\n") >= lines:
+                os.kill(os.getpid(), signal.SIGKILL)
+            asking = False
+
+    sys.addaudithook(hook)
+
+
+def run_cells(job: dict, start: int) -> None:
+    """Run all cells; with "after cells" end without any ado after a cell from `start` on.
+
+    It is the first after which the folder holds something else than before the start. After the cells before it a new
+    process would find what this one has found, and do the same.
+    """
+    folder = Path(job["folder"])
+    found, scope = contents(folder), {"__name__": "__main__"}
+    for number, (name, code) in enumerate(job["cells"]):
+        exec(compile(code, f"<{name}>", "exec"), scope)
+        if job["kill"] == "after cells" and number >= start and contents(folder) != found:
+            os._exit(FIRST + number)
+
+
+def fork(job: dict, start: int = 0) -> int:
+    """The status with which a forked process ends that runs the cells."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        with open(job["log"], "ab") as log, open(os.devnull) as nothing:
+            for number, stream in enumerate((nothing, log, log)):
+                os.dup2(stream.fileno(), number)
+        if isinstance(job["kill"], dict):
+            kill_when(**job["kill"])
+        run_cells(job, start)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some libraries print when they are imported
+    for name in IMPORTED:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    for line in sys.stdin:
+        job, killed = json.loads(line), []
+        while (status := fork(job, len(killed) and killed[-1] + 1)) >= FIRST:
+            killed.append(status - FIRST)
+        answer = {"status": status, "cells": [job["cells"][number][0] for number in killed]}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
