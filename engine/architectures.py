@@ -135,7 +135,7 @@ def few_heads(sizes: dict[str, int]) -> dict[str, int]:
     for kind in ("num_key_value_heads", "num_global_key_value_heads"):
         if kind in sizes:
             small[kind] = heads if sizes[kind] >= sizes[name] else min(sizes[kind], 2)
-    if "mamba_expand" in sizes and "mamba_n_heads" in sizes:
+    if "mamba_expand" in sizes and "mamba_n_heads" in sizes and "mamba_d_ssm" not in sizes:
         width = sizes["mamba_expand"] * sizes[hidden] // sizes["mamba_n_heads"]
         small["mamba_n_heads"] = sizes["mamba_expand"] * small[hidden] // width
     if "expand" in sizes:  # Mamba 2

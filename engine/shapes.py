@@ -52,15 +52,16 @@ def lora_targets(config: PreTrainedConfig) -> dict[str, list[str]]:
     kept = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.Conv1d)]
     reached = {id(weight) for weight in (*kept, *experts.values(), model.get_output_embeddings().weight)}
     reached |= {id(module.weight) for module in linear.values()}
-    untouched = re.compile(r"\.experts\..*bias$|\.(router|gate)\.")
+    router = re.compile(r"\.(router|gate)(\.|$)")
+    untouched = re.compile(r"\.experts\..*bias$|" + router.pattern)
     beyond = [
         n for n, w in model.named_parameters() if w.dim() > 1 and id(w) not in reached and not untouched.search(n)
     ]
     if beyond:
         names = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in beyond}))
         raise RecipeError(f"LoRA does not reach {names}, which would stay untrained without a word")
-    last_names = dict.fromkeys(name.rpartition(".")[2] for name in linear)
-    targets = {"target_modules": [name for name in last_names if name not in ("router", "gate")]}
+    last_names = dict.fromkeys(name.rpartition(".")[2] for name in linear if not router.search(name))
+    targets = {"target_modules": list(last_names)}
     if experts:
         targets["target_parameters"] = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in experts})
     return targets

@@ -1,4 +1,7 @@
-"""What an architecture allows: found on a tiny random model, for every kind of model that transformers knows."""
+"""What an architecture allows: found on a tiny random model, for every kind of model that transformers knows.
+
+`python tests/test_architectures.py` prints the table of benchmarks/results/models.md.
+"""
 
 import families
 import pytest
@@ -47,11 +50,17 @@ def test_every_model_type_runs_or_is_refused_in_one_line(model_type):
 
 
 GRANITE = {"layer_types": ["linear_attention", "attention"] * 2, "num_hidden_layers": 4, "mamba_n_heads": 128}
+DENSE = {"layer_types": ["attention"] * 32, "num_local_experts": 0}
 MORE = {
     "Gemma 4 E4B": ("gemma4_text", {"num_kv_shared_layers": 18, "num_hidden_layers": 42}, "full"),
     "Gemma 4 31B": ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 4}, "full"),
-    "Granite 4 H": ("granitemoehybrid", GRANITE, "padded"),
-    "Granite 4, attention only": ("granitemoehybrid", {"layer_types": ["attention"] * 32}, "full"),
+    "Granite 4 H, experts": ("granitemoehybrid", GRANITE, "padded"),
+    "LFM 2 with experts": ("lfm2_moe", {"layer_types": ["conv", "full_attention"] * 16}, "padded"),
+    "Hunyuan": ("hunyuan_v1_dense", {"head_dim": 128}, "full"),
+    "Hunyuan with experts, whose router is a layer": ("hunyuan_v1_moe", {"head_dim": 128}, "full"),
+    "Ministral": ("ministral", {"head_dim": 128}, "full"),
+    "Minitron": ("nemotron", {"head_dim": 128, "num_key_value_heads": 8}, "full"),
+    "Granite 4, attention only": ("granitemoehybrid", DENSE, "full"),
     "a model that sees the tokens to come": ("gemma3_text", {"use_bidirectional_attention": True}, "tokens to come"),
     "Mamba 2": ("mamba2", {}, "cannot be trained with LoRA"),
     "RWKV": ("rwkv", {}, "LoRA does not reach rwkv"),
@@ -67,11 +76,11 @@ def test_other_values_of_a_config_count(name, capsys):
             helpers.architectures.check(config)
         return
     found = helpers.architectures.check(config)
-    assert found.batches and (found.rows, found.slots) == (expected == "full",) * 2
-    said = (
-        "end to end in rows, and answers decoded in slots" if found.rows else "padded, and answers decoded in batches"
-    )
-    assert capsys.readouterr().out == f"{model_type}: texts are trained {said}\n"
+    assert found == helpers.architectures.Architecture(expected == "full", expected == "full", batches=True)
+    ways = ("end to end in rows", "in slots") if found.rows else ("padded", "in batches")
+    said = capsys.readouterr().out
+    assert said.startswith("{}: texts are trained {}, and answers decoded {}\n".format(model_type, *ways))
+    assert ("billion weights are experts and stay in 16 bit" in said) == ("experts" in name)
 
 
 def test_a_tiny_model_has_every_kind_of_layer_once():
@@ -116,3 +125,26 @@ def test_answers_are_made_one_at_a_time_where_padding_changes_them():
     alone = helpers.architectures.Architecture(rows=False, slots=False, batches=False)
     answer, parallel = helpers.architectures.choose(alone, None, "transformers", [[1]], 8, wanted=0)
     assert (answer, parallel) == (helpers.decoding.in_batches, 1)
+
+
+def main() -> None:
+    """Every model type, by what notebook 1 says of it before it downloads anything."""
+    found: dict[str, list[str]] = {}
+    for model_type in sorted(KINDS):
+        config = default_config(model_type)
+        if config is None:
+            continue
+        try:
+            allowed = helpers.architectures.examine(config)
+            texts = "rows without padding" if allowed.rows else "padded"
+            answers = "slots" if allowed.slots else "batches" if allowed.batches else "one at a time"
+            found.setdefault(f"{texts}, {answers}", []).append(model_type)
+        except RecipeError as error:
+            found.setdefault(f"refused: {error}".replace(model_type, "..."), []).append(model_type)
+    print("| what notebook 1 finds | model types | |\n|---|---|---|")
+    for said, names in sorted(found.items(), key=lambda item: (item[0].startswith("refused"), -len(item[1]))):
+        print(f"| {said} | {len(names)} | {', '.join(names)} |")
+
+
+if __name__ == "__main__":
+    main()
