@@ -25,6 +25,8 @@ class KeptLayers:
         self.parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         self.margin, self.alone = margin_gib * 2**30, trainer.args.world_size == 1
         self.layer_bytes, self.rest_bytes, self.rest_tokens = 0.0, 0.0, 0
+        if not self.layers:
+            return
         self.layers[-1].register_forward_pre_hook(self.measure_layer)
         self.layers[-1].register_forward_hook(self.measure_layer)
         self.step, trainer.training_step = trainer.training_step, self.training_step
@@ -47,6 +49,16 @@ class KeptLayers:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
         rest = self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)
         return int(min(max((free - rest) / (self.layer_bytes * self.tokens), 0), len(self.layers)))
+
+    def add_gradients(self, sums: list[torch.Tensor | None]) -> None:
+        """Add the gradients of the rows before; a row that no expert of a layer gets gives its matrices none."""
+        both = [(p.grad, total) for p, total in zip(self.parameters, sums, strict=True)]
+        both = [(new, old) for new, old in both if new is not None and old is not None]
+        if both:
+            torch._foreach_add_(*map(list, zip(*both, strict=True)))
+        for parameter, total in zip(self.parameters, sums, strict=True):
+            if parameter.grad is None:
+                parameter.grad = total
 
     def training_step(self, model: torch.nn.Module, inputs: Mapping[str, Any], *arguments: Any) -> torch.Tensor:
         """The trainer's own training step, planned before and measured after."""
@@ -73,8 +85,8 @@ class KeptLayers:
             torch.cuda.empty_cache()
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        if self.alone and sums[0] is not None:
-            torch._foreach_add_([parameter.grad for parameter in self.parameters], sums)
+        if self.alone:
+            self.add_gradients(sums)
         peak = torch.cuda.max_memory_allocated()
         if peak > before and self.tokens >= self.rest_tokens:  # so the peak is this row's
             self.rest_bytes = peak - used - self.kept * self.layer_bytes * self.tokens

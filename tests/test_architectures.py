@@ -6,6 +6,7 @@
 import families
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText, logging
 
 import helpers
@@ -81,6 +82,39 @@ def test_other_values_of_a_config_count(name, capsys):
     said = capsys.readouterr().out
     assert said.startswith("{}: texts are trained {}, and answers decoded {}\n".format(model_type, *ways))
     assert ("billion weights are experts and stay in 16 bit" in said) == ("experts" in name)
+
+
+SHARED = {"num_kv_shared_layers": 18, "num_hidden_layers": 42}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"), [("gemma2", {}), ("gemma4_text", SHARED), ("qwen3_moe", {}), ("ministral3", {})]
+)
+def test_a_checkpointed_row_gives_the_gradients_of_padded_texts(model_type, values):
+    """Layers that share keys, experts, and attention that is not told the positions: computed twice, all the same."""
+    config, texts = KINDS[model_type](**values), [list(range(3, 43)), [7, 9, 8], list(range(50, 81))]
+    found = []
+    for padded in (True, False):
+        model = helpers.architectures.tiny(config)
+        if not padded:
+            assert helpers.rows.switch_on(model, texts)
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **helpers.shapes.lora_targets(config))
+        model = get_peft_model(model, lora).train()
+        if padded:
+            width = max(map(len, texts))
+            ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+            inputs, known = {"attention_mask": (ids > 0).long()}, ids > 0
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+            positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+            ids = torch.tensor([[token for text in texts for token in text]])
+            inputs, known = {"position_ids": positions}, positions > 0
+        model(input_ids=ids, labels=ids.where(known, -100), use_cache=False, **inputs).loss.backward()
+        gradients = [p.grad.flatten() for name, p in model.named_parameters() if "lora_" in name and p.grad is not None]
+        found.append(torch.cat(gradients))
+    assert (found[1] - found[0]).norm() < 1e-3 * found[0].norm()
 
 
 def test_a_tiny_model_has_every_kind_of_layer_once():

@@ -66,3 +66,16 @@ def test_layers_are_kept_as_long_as_memory_lasts(gpu_of_ten_gib):
         kept.tokens = tokens
         kept.keep(kept.number_that_fits(used=0))
         assert [layer.gradient_checkpointing for layer in kept.layers] == [True] * (2 - expected) + [False] * expected
+
+
+def test_gradients_of_several_rows_are_summed_where_a_row_gives_none(gpu_of_ten_gib):
+    """As for an expert that no token of a row is sent to."""
+    model = adapted(gemma2())
+    kept = helpers.kept_layers.KeptLayers(Trainer(model))
+    first, second, *others = kept.parameters
+    for parameter in kept.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    second.grad = None
+    sums = [None, *(torch.full_like(parameter, 2.0) for parameter in (second, *others))]
+    kept.add_gradients(sums)
+    assert [float(parameter.grad.max()) for parameter in (first, second, others[0])] == [1.0, 2.0, 3.0]
