@@ -38,13 +38,18 @@ class Architecture(NamedTuple):
     batches: bool  # prompts of different lengths are padded and answered together
 
 
-def check(config: PreTrainedConfig) -> Architecture:
+def check(config: PreTrainedConfig, engine: str) -> Architecture:
     """Train and ask a tiny random model with the config's architecture, in float32; a line says what it allows.
 
-    RecipeError for an architecture that LoRA does not reach, or whose padded texts or answers are not right.
+    RecipeError for an architecture that LoRA does not reach, or whose padded texts or answers are not right. The engine
+    unsloth has its own code for each model, so its models are only looked at for LoRA.
     """
     try:
-        found = examine(config)
+        if engine == "unsloth":
+            shapes.lora_targets(config)
+            found = Architecture(rows=False, slots=False, batches=True)
+        else:
+            found = examine(config)
     except RecipeError as error:
         raise RecipeError(f"{config.model_type} models do not fit this recipe: {error}") from None
     texts = "end to end in rows" if found.rows else "padded"

@@ -74,9 +74,9 @@ def test_other_values_of_a_config_count(name, capsys):
     config = KINDS[model_type](**values)
     if expected not in ("full", "padded"):
         with pytest.raises(RecipeError, match=f"^{model_type} models do not fit this recipe: .*{expected}"):
-            helpers.architectures.check(config)
+            helpers.architectures.check(config, "transformers")
         return
-    found = helpers.architectures.check(config)
+    found = helpers.architectures.check(config, "transformers")
     assert found == helpers.architectures.Architecture(expected == "full", expected == "full", batches=True)
     ways = ("end to end in rows", "in slots") if found.rows else ("padded", "in batches")
     said = capsys.readouterr().out
@@ -153,6 +153,15 @@ def test_values_per_token_are_those_of_the_cache(tmp_path, family):
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     expected = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
     assert helpers.shapes.values_per_token(model.config) == expected
+
+
+def test_unsloth_has_code_of_its_own(capsys):
+    """Nothing of transformers is tried, only whether LoRA reaches all matrices."""
+    found = helpers.architectures.check(KINDS["gemma2"](), "unsloth")
+    assert found == helpers.architectures.Architecture(rows=False, slots=False, batches=True)
+    assert "texts are trained padded, and answers decoded in batches" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="rwkv models do not fit"):
+        helpers.architectures.check(KINDS["rwkv"](), "unsloth")
 
 
 def test_answers_are_made_one_at_a_time_where_padding_changes_them():
