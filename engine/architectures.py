@@ -50,8 +50,9 @@ def check(config: PreTrainedConfig, engine: str) -> Architecture:
             found = Architecture(rows=False, slots=False, batches=True)
         else:
             found = examine(config)
-    except RecipeError as error:
-        raise RecipeError(f"{config.model_type} models do not fit this recipe: {error}") from None
+    except Exception as error:  # a tiny model fails in any way that a model can
+        problem = error if isinstance(error, RecipeError) else first_line(error)
+        raise RecipeError(f"{config.model_type} models do not fit this recipe: {problem}") from None
     texts = "end to end in rows" if found.rows else "padded"
     answers = "in slots" if found.slots else "in batches" if found.batches else "one at a time"
     print(f"{config.model_type}: texts are trained {texts}, and answers decoded {answers}")
