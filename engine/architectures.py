@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,25 +75,6 @@ def examine(config: PreTrainedConfig) -> Architecture:
     )
 
 
-def choose(
-    allowed: Architecture,
-    model: decoding.Model,
-    engine: str,
-    prompts: Sequence[Sequence[int]],
-    longest_answer: int,
-    wanted: int,
-) -> tuple[Callable[..., Iterator[tuple[int, list[int]]]], int]:
-    """How to answer, `slots.answer` or `decoding.in_batches`, and how many prompts (token ids) at a time: `wanted`, 0
-    for as many as fit. Slots need the engine transformers, and to give the model's own scores for the first prompt.
-    """
-    if engine == "transformers" and allowed.slots:
-        if not (problem := slots.problem(model, prompts[0])):
-            columns = max(map(len, prompts)) + longest_answer
-            return slots.answer, slots.that_fit(model, columns, wanted or 64)
-        print(f"{problem}: the model answers with its own generate(), in batches")
-    return decoding.in_batches, (wanted or 16) if allowed.batches else 1
-
-
 def tiny(config: PreTrainedConfig) -> PreTrainedModel:
     """A random model in float32 with the layers of `config`, each kind of them at least once, but narrow ones."""
     try:
@@ -131,16 +111,17 @@ def tiny_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def few_heads(sizes: dict[str, int]) -> dict[str, int]:
-    """At most four heads of their own width, with fewer key heads if there were fewer, and a hidden state for them."""
+    """Two or four heads of their own width, with fewer key heads if there were fewer, and a hidden state for them."""
     hidden = next((name for name in HIDDEN if name in sizes), None)
     name = next((name for name in HEADS if name in sizes), None)
     if not (hidden and name):
         return {hidden: min(sizes[hidden], 64)} if hidden else {}
-    heads = min(sizes[name], 4)
-    small = {name: heads, hidden: heads * (sizes.get("head_dim") or sizes[hidden] // sizes[name])}
+    width = sizes.get("head_dim") or sizes[hidden] // sizes[name]
+    heads = min(sizes[name], 2 if width > 128 else 4)
+    small = {name: heads, hidden: heads * width}
     for kind in ("num_key_value_heads", "num_global_key_value_heads"):
         if kind in sizes:
-            small[kind] = heads if sizes[kind] >= sizes[name] else min(sizes[kind], 2)
+            small[kind] = heads if sizes[kind] >= sizes[name] else min(sizes[kind], heads // 2)
     if "mamba_expand" in sizes and "mamba_n_heads" in sizes and "mamba_d_ssm" not in sizes:
         width = sizes["mamba_expand"] * sizes[hidden] // sizes["mamba_n_heads"]
         small["mamba_n_heads"] = sizes["mamba_expand"] * small[hidden] // width

@@ -26,6 +26,7 @@ from engine import files, folders, forms, hub, machine
 from helpers import ROOMS, RecipeError, digest, first_line, shown
 
 CODE = Path(__file__).resolve().parent.parent  # where helpers.py lies
+ONLOOKERS = {"architectures", "outlook"}  # they make nothing, and what they decide stands in the settings of records
 
 
 def path_of(product: str | Path) -> Path:
@@ -237,14 +238,14 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def rooms_in(code: str) -> set[str]:
-    """The rooms that Python code names (`helpers.slots`) or imports (from `engine`, or something of `engine.slots`)."""
+    """The rooms but ONLOOKERS that code names (`helpers.slots`) or imports (from `engine`, or from `engine.slots`)."""
     named = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "helpers":
             named.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engine"):
             named |= {alias.name for alias in node.names} | {node.module.removeprefix("engine.")}
-    return named & set(ROOMS)
+    return named & set(ROOMS) - ONLOOKERS
 
 
 def hash_code(rooms: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface
 
 from engine import attention, shapes
-from engine.decoding import Decoding, Model, apply_rules
+from engine.decoding import Decoding, Model, apply_rules, in_batches
 
 
 def slot_attention(
@@ -232,3 +232,18 @@ def answer(
                     yield index, written
     finally:
         decoder.close()
+
+
+def choose(
+    model: Model, in_slots: bool, together: bool, prompts: Sequence[list[int]], longest_answer: int, wanted: int
+) -> tuple[Callable[..., Iterator[tuple[int, list[int]]]], int]:
+    """How to answer, `answer` or `in_batches`, and how many prompts (token ids) at a time: `wanted`, 0 for as many as
+    fit. `in_slots` and `together` are what the architecture allows; slots must also give the model's own scores for the
+    first prompt.
+    """
+    if in_slots:
+        if not (why := problem(model, prompts[0])):
+            columns = max(map(len, prompts)) + longest_answer
+            return answer, that_fit(model, columns, wanted or 64)
+        print(f"{why}: the model answers with its own generate(), in batches")
+    return in_batches, (wanted or 16) if together else 1

@@ -164,12 +164,6 @@ def test_unsloth_has_code_of_its_own(capsys):
         helpers.architectures.check(KINDS["rwkv"](), "unsloth")
 
 
-def test_answers_are_made_one_at_a_time_where_padding_changes_them():
-    alone = helpers.architectures.Architecture(rows=False, slots=False, batches=False)
-    answer, parallel = helpers.architectures.choose(alone, None, "transformers", [[1]], 8, wanted=0)
-    assert (answer, parallel) == (helpers.decoding.in_batches, 1)
-
-
 def main() -> None:
     """Every model type, by what notebook 1 says of it before it downloads anything."""
     found: dict[str, list[str]] = {}

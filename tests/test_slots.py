@@ -95,3 +95,8 @@ def test_slots_answer_like_generate_one_by_one(model, slots, penalize_prompt):  
     never = lambda history, _scores: torch.zeros(len(history), dtype=torch.bool)  # noqa: E731
     decoding = helpers.decoding.Decoding(slots, processors(), never, penalize_prompt)
     assert dict(helpers.slots.answer(model, prompts, lengths.__getitem__, decoding)) == expected
+
+
+def test_answers_are_made_one_at_a_time_where_padding_changes_them():
+    chosen = helpers.slots.choose(None, in_slots=False, together=False, prompts=[[1]], longest_answer=8, wanted=0)
+    assert chosen == (helpers.decoding.in_batches, 1)

@@ -1,13 +1,37 @@
 """Machines that are lost, with all their files: another one goes on with what a private hub repository holds."""
 
 import json
+import subprocess
+import sys
 import threading
+import time
 
+import nbformat
+import psutil
 import pytest
+from conftest import ROOT
 from test_hub import hub  # noqa: F401, a fixture
-from test_resume import kill_when, losses, outputs, start
+from test_resume import losses, outputs, prepare
 
 VALUES = {"max_steps": 9, "save_steps": 2, "neftune_noise_alpha": 0, "eval_share": 0}
+
+
+def start(name, output_dir, smoke, **values):
+    """Start a notebook as its users do; it runs in a kernel, a process of its own."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    nbformat.write(prepare(name, output_dir, smoke, **values), output_dir / "in.ipynb")
+    command = [output_dir / "in.ipynb", output_dir / "out.ipynb", "--no-progress-bar", "--cwd", ROOT]
+    return subprocess.Popen([sys.executable, "-m", "papermill", *map(str, command)], cwd=ROOT)
+
+
+def kill_when(process, reached):
+    """kill -9 papermill and its kernel as soon as `reached()`."""
+    while not reached():
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.kill()
+    process.wait()
 
 
 @pytest.fixture
