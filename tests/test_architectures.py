@@ -22,7 +22,7 @@ mellum minicpm3 minimax_m2 minimax_m3_vl_text ministral3 mistral mixtral modernb
 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
 vaultgemma youtu"""
 PADDED_NAMES = """bloom codegen falcon gpt_neo gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa llama4_text
-mimo_v2_flash minimax mpt olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next roformer xglm"""
+mimo_v2_flash minimax mpt olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next xglm"""
 FULL, PADDED = NAMES.split(), PADDED_NAMES.split()
 KINDS = {kind.model_type: kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING}
 
