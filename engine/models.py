@@ -89,10 +89,9 @@ def readable_tokens(config: PreTrainedConfig) -> int | None:
     length up to which they do not.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    longest = getattr(config, "max_position_embeddings", None)
-    if any(kind.get("rope_type") == "longrope" for kind in (rope, *rope.values()) if isinstance(kind, Mapping)):
-        return min(filter(None, (longest, getattr(config, "original_max_position_embeddings", None))), default=None)
-    return longest
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]  # one, or one a kind of layer
+    lengths = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(filter(None, (getattr(config, "max_position_embeddings", None), *lengths)), default=None)
 
 
 def left_behind(whole: PreTrainedConfig, config: PreTrainedConfig) -> str:

@@ -86,6 +86,7 @@ def test_an_adapter_without_one_of_its_tensors_stops_the_run(quantized, tmp_path
 
 # Rotations of another length beyond 512 tokens: one long text would change the others of its batch.
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+LONG_INSIDE = {"rope_parameters": LONG | {"original_max_position_embeddings": 512}, "max_position_embeddings": 131072}
 LONG = {"rope_parameters": LONG, "original_max_position_embeddings": 512, "max_position_embeddings": 131072}
 
 
@@ -95,6 +96,7 @@ LONG = {"rope_parameters": LONG, "original_max_position_embeddings": 512, "max_p
         ({"model_type": "t5"}, "t5 is not a causal language model"),
         ({"model_type": "qwen3_vl"}, "qwen3_vl is not a causal language model"),
         ({"model_type": "phi3", **LONG}, "it reads at most 512 tokens"),
+        ({"model_type": "llama", **LONG_INSIDE}, "it reads at most 512 tokens"),
         ({"model_type": "of 2031"}, "its config.json cannot be used"),
         ({"model_type": "llama", "max_position_embeddings": 512}, "it reads at most 512 tokens: lower max_seq_length"),
     ],
