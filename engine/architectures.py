@@ -20,7 +20,7 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 AT_MOST = dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "sliding_window_size"), 24)
 AT_MOST |= dict.fromkeys(("attention_chunk_size", "local_attention", "keep_window_size", "index_topk"), 24)
-AT_MOST |= {"index_block_size": 8, "index_topk_blocks": 1, "index_local_blocks": 1}
+AT_MOST |= {"block_size": 16, "index_block_size": 8, "index_topk_blocks": 1, "index_local_blocks": 1}
 AT_MOST |= dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4)
 AT_MOST |= dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2)
 AT_MOST |= dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace", "max_window_layers"), 1)
@@ -139,6 +139,7 @@ def few_layers(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, An
     lists = {key: list(v) for key, v in values.items() if isinstance(v, list | tuple) and len(v) == layers}
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [""] * layers
     per_layer = [types, *(v for v in lists.values() if len(set(map(str, v))) < layers)]  # not the numbers of layers
+    per_layer += parts_of_layers(config, layers)
     kinds = list(map(str, zip(*per_layer, strict=True)))
     few = min(layers, max(2, max(map(kinds.index, kinds)) + 1))
     if values.get("num_kv_shared_layers"):  # the last layers take the keys of the last one before them of their kind
@@ -150,6 +151,15 @@ def few_layers(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, An
             layer: small_layer(other, values) for layer, other in own.items() if int(layer) < few
         }
     return values
+
+
+def parts_of_layers(config: PreTrainedConfig, layers: int) -> list[list[list[str]]]:
+    """What each of so many layers is made of, by the names of classes: where experts are is often not a list.
+
+    One list for each list of so many modules that the model has.
+    """
+    found = [m for m in shapes.empty(config).modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+    return [[sorted({type(part).__name__ for part in layer.modules()}) for layer in modules] for modules in found]
 
 
 def small_layer(own: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -124,10 +124,11 @@ def add_in_place(model: PreTrainedModel | PeftModel) -> int:
 
 
 def first_gradients(model: PeftModel, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """W, A and B of the first layer with an adapter: shape, norm, and the norm of the gradient that one text (token
-    ids) gives. The model is left as it was found.
+    """W, A and B of the first linear layer with an adapter: shape, norm, and the norm of the gradient that one text
+    (token ids) gives. The model is left as it was found.
     """
-    name, layer = next((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+    name, layer = next((name, layer) for name, layer in layers if isinstance(layer.base_layer, torch.nn.Linear))
     text = torch.tensor([ids], device=model.device)
     positions = torch.arange(len(ids), device=model.device)[None]
     model(input_ids=text, labels=text, position_ids=positions, use_cache=False).loss.backward()
