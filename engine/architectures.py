@@ -169,8 +169,11 @@ def small_layer(own: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_adapter(model: PreTrainedModel, targets: dict[str, list[str]], text: list[int]) -> None:
-    """RecipeError unless every LoRA matrix B beside these targets gets a gradient from one text (token ids)."""
-    ids = torch.tensor([text])
+    """RecipeError unless LoRA stands beside all that the targets name, and every matrix B gets a gradient from one text
+    (token ids).
+    """
+    ids, last_names = torch.tensor([text]), targets["target_modules"]
+    expected = {name for name in shapes.linear_layers(model) if name.rpartition(".")[2] in last_names}
     try:
         model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
         with torch.enable_grad():
@@ -178,6 +181,9 @@ def check_adapter(model: PreTrainedModel, targets: dict[str, list[str]], text: l
     except Exception as error:
         raise RecipeError(f"it cannot be trained with LoRA ({first_line(error)})") from None
     weights = [(name, weight) for name, weight in model.named_parameters() if "lora_B" in name]
+    beside = {name.removeprefix("base_model.model.").partition(".lora_B")[0] for name, _ in weights}
+    if bare := sorted(expected - beside):
+        raise RecipeError(f"peft puts no LoRA beside {bare[0]}, which would stay untrained without a word")
     if idle := [name for name, weight in weights if weight.grad is None or not weight.grad.any()]:
         raise RecipeError(f"LoRA beside {idle[0].partition('.lora_B')[0]} would stay untrained")
 

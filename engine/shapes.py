@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.utils import transformers_weight_conversion
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from helpers import RecipeError
@@ -65,6 +67,20 @@ def lora_targets(config: PreTrainedConfig) -> dict[str, list[str]]:
     if experts:
         targets["target_parameters"] = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in experts})
     return targets
+
+
+# peft takes gate_proj and the like for the experts of an older checkpoint, and then leaves the linear layers of that
+# name, those of dense layers and shared experts, without LoRA. A config that names experts by their own needs no such.
+convert_old_targets = transformers_weight_conversion._convert_peft_config_moe
+
+
+def convert_targets(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Have peft's targets for experts made from old names only where none are named by their own."""
+    if not config.target_parameters:
+        convert_old_targets(config, model)
+
+
+transformers_weight_conversion._convert_peft_config_moe = convert_targets
 
 
 class CountingCache(DynamicCache):
