@@ -9,6 +9,7 @@ with base and adapter, and gets a card and a record, as every product of the not
 
 import argparse
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there with `python -I` or PYTHONSAFEPATH
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it offers another package for the CPU
 
 import psutil
 import torch

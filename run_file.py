@@ -66,6 +66,8 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
     defaults = {f"{name}.{key}": value for name, (_, values) in notebooks.items() for key, value in values.items()}
     try:
         run = yaml.load(path.read_text(encoding="utf-8"), RunFile)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such file") from None
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: encoding, or a wrong date
         raise RecipeError(f"{path}: cannot be read as YAML in UTF-8: {one_line(error)}") from None
     if not isinstance(run, dict) or "output_dir" not in run:
@@ -85,7 +87,8 @@ def read_run(path: Path, sets: list[str], notebooks: dict[str, tuple[str, dict]]
             wanted[known] = value if isinstance(defaults.get(known, ""), str) else number(value)
     for key in wanted.keys() - defaults.keys():
         close = difflib.get_close_matches(key, {*defaults, *(known.partition(".")[2] for known in defaults)})
-        raise RecipeError(f"{path} or --set: unknown {key!r}; did you mean {', '.join(close or defaults)}?")
+        remedy = f"did you mean {', '.join(close)}?" if close else "the first code cell of each notebook has them all"
+        raise RecipeError(f"{path} or --set: unknown {key!r}; {remedy}")
     values = {key: meant(wanted.get(key, default), default) for key, default in defaults.items()}
     for name, (_, own) in notebooks.items():
         parameters.check({key: values[f"{name}.{key}"] for key in own}, section=f"{name}.")

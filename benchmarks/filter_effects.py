@@ -43,7 +43,9 @@ def label(row: dict[str, Any]) -> tuple[bool, str]:
     """Whether a row is good, and its source or kind; a dialogue is bad if a later answer holds no kana at all."""
     if "source" in row:
         return True, row["source"]
-    kind = row.get("kind") or row["mix"]
+    kind = row.get("kind") or row.get("mix")
+    if not kind:
+        raise SystemExit("filter_effects.py: every row needs its label, in the column `source`, `kind` or `mix`")
     if kind == "multiturn":
         later = "".join(turn["content"] for turn in row["conversations"][3:])
         return any("ぁ" <= character <= "ヿ" for character in later), kind
