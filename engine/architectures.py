@@ -117,7 +117,7 @@ def few_heads(sizes: dict[str, int]) -> dict[str, int]:
     if not (hidden and name):
         return {hidden: min(sizes[hidden], 64)} if hidden else {}
     width = sizes.get("head_dim") or sizes[hidden] // sizes[name]
-    heads = min(sizes[name], 2 if width > 128 else 4)
+    heads = min(sizes[name], 2 if width > 256 else 4)
     small = {name: heads, hidden: heads * width}
     for kind in ("num_key_value_heads", "num_global_key_value_heads"):
         if kind in sizes:

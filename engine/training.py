@@ -101,11 +101,36 @@ class LossBar(ProgressCallback):
         pass  # no second bar for the held-out texts
 
 
+def check_loss(trainer: Trainer) -> None:
+    """Give the model its own loss back where that of trl, computed in chunks, fails or is another one for a text.
+
+    trl multiplies hidden states with the head itself, and leaves out how some models scale what comes out.
+    """
+    if getattr(trainer.args, "loss_type", "") != "chunked_nll":
+        return
+    model = trainer.model
+    ids = torch.tensor([trainer.train_dataset[0]["input_ids"][:256]], device=model.device)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=model.device)[None]}
+    with torch.no_grad():
+        scores = model(**inputs, use_cache=False).logits[0, :-1].float()
+        expected = torch.nn.functional.cross_entropy(scores, ids[0, 1:]).item()
+        try:
+            found = model(**inputs, labels=ids, use_cache=False).loss.item()
+        except Exception:  # trl looks for parts that not every model has
+            found = math.nan
+    if not abs(found - expected) <= 0.01 * expected:
+        del model.get_base_model().forward  # trl put its own in front of the class's
+        trainer.args.loss_type = "nll"
+        print(f"trl's loss in chunks is {found:.3f} where the model's own is {expected:.3f}: its own is used")
+
+
 def prepare(trainer: Trainer) -> None:
-    """What the libraries would decide otherwise: the adapter in float32, rows of nearly the same length and NEFTune's
-    noise as with padding; on a GPU with bf16 the faster layers of `lora` and `KeptLayers`; one progress bar.
+    """What the libraries would decide otherwise: the model's own loss, the adapter in float32, rows of nearly the same
+    length and NEFTune's noise as with padding; on a GPU with bf16 the faster layers of `lora` and `KeptLayers`; one
+    progress bar.
     """
     args = trainer.args
+    check_loss(trainer)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # trl turns the adapter into bf16, in which small updates are rounded away
             parameter.data = parameter.data.float()

@@ -6,8 +6,10 @@
 import families
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText, logging
+from trl import SFTConfig, SFTTrainer
 
 import helpers
 from helpers import RecipeError
@@ -153,6 +155,42 @@ def test_values_per_token_are_those_of_the_cache(tmp_path, family):
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     expected = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
     assert helpers.shapes.values_per_token(model.config) == expected
+
+
+def adapted(model_type, **values):
+    config = KINDS[model_type](**values)
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", **helpers.shapes.lora_targets(config))
+    return get_peft_model(helpers.architectures.tiny(config), lora)
+
+
+def test_experts_and_linear_layers_of_the_same_names_both_get_an_adapter():
+    model = adapted("ernie4_5_moe", moe_layer_start_index=3)  # a tiny model has the first layer with experts, too
+    beside = {name.partition(".lora_B")[0] for name, _ in model.named_parameters() if "lora_B" in name}
+    for part in ("layers.0.mlp.gate_proj", "layers.3.mlp.shared_experts.down_proj", "layers.3.mlp.experts"):
+        assert f"base_model.model.model.{part}" in beside
+
+
+def test_gradients_are_shown_of_a_model_whose_experts_come_first():
+    rows = helpers.lora.first_gradients(adapted("granitemoehybrid", **GRANITE), list(range(3, 40)))
+    assert [row["matrix"][0] for row in rows] == ["W", "A", "B"]
+
+
+@pytest.mark.parametrize(("model_type", "own"), [("granite", True), ("llama4_text", True), ("gemma2", False)])
+def test_a_training_has_the_loss_of_the_model_itself(tmp_path, capsys, model_type, own):
+    """trl leaves out Granite's scaling of logits, and does not find the decoder of Llama 4."""
+    values = {"logits_scaling": 8.0} if model_type == "granite" else {}
+    model, ids = adapted(model_type, **values), list(range(3, 43))
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None)
+    tokenizer = families.llama3_tokenizer()
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids}])
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    helpers.training.check_loss(trainer)
+    assert ("its own is used" in capsys.readouterr().out) == own == (args.loss_type == "nll")
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        scores = model(input_ids=tokens).logits[0, :-1]
+        found = model(input_ids=tokens, labels=tokens).loss
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(scores, tokens[0, 1:]))
 
 
 def test_unsloth_has_code_of_its_own(capsys):
