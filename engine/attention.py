@@ -105,7 +105,10 @@ def remember_positions(model: PreTrainedModel) -> RemovableHandle:
     """
 
     def remember(_module: torch.nn.Module, _arguments: Any, named: Mapping[str, Any]) -> None:
+        tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
         row.positions = named.get("position_ids")
+        if row.positions is None and tokens is not None:  # one text
+            row.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
 
     return model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
 

@@ -367,13 +367,14 @@ def table_row(family: str, engine: str, folder: Path, sizes=(3,)) -> dict[str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", default="transformers")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 3, 8], help="prompts at a time")
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     options = parser.parse_args()
     helpers.machine.start_engine(options.engine)
     rows = []
     for family in options.families:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            rows.append(table_row(family, options.engine, Path(folder), sizes=(1, 3, 8)))
+            rows.append(table_row(family, options.engine, Path(folder), options.sizes))
             print(rows[-1], flush=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

@@ -55,8 +55,12 @@ def test_every_model_type_runs_or_is_refused_in_one_line(model_type):
 GRANITE = {"layer_types": ["linear_attention", "attention"] * 2, "num_hidden_layers": 4, "mamba_n_heads": 128}
 DENSE = {"layer_types": ["attention"] * 32, "num_local_experts": 0}
 MORE = {
-    "Gemma 4 E4B": ("gemma4_text", {"num_kv_shared_layers": 18, "num_hidden_layers": 42}, "full"),
-    "Gemma 4 31B": ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 4}, "full"),
+    "Gemma 4 E4B": ("gemma4_text", {"num_kv_shared_layers": 6, "num_hidden_layers": 12}, "full"),
+    "Gemma 4 31B": (
+        "gemma4_text",
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 4, "num_hidden_layers": 12},
+        "full",
+    ),
     "Granite 4 H, experts": ("granitemoehybrid", GRANITE, "padded"),
     "LFM 2 with experts": ("lfm2_moe", {"layer_types": ["conv", "full_attention"] * 16}, "padded"),
     "Hunyuan": ("hunyuan_v1_dense", {"head_dim": 128}, "full"),
@@ -86,7 +90,7 @@ def test_other_values_of_a_config_count(name, capsys):
     assert ("billion weights are experts and stay in 16 bit" in said) == ("experts" in name)
 
 
-SHARED = {"num_kv_shared_layers": 18, "num_hidden_layers": 42}
+SHARED = {"num_kv_shared_layers": 6, "num_hidden_layers": 12}
 
 
 @pytest.mark.parametrize(
