@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import files, forms, records
 from engine.decoding import Generate
-from engine.travel import Courier
+from engine.travel import Courier, arrivals
 from helpers import SHOT, RecipeError, clean_answer, digest, encode
 
 
@@ -141,17 +140,20 @@ def bring(carrier: Courier | None, output_file: Path, record: Mapping[str, Any])
     other = old and "files" not in old and key(old, []) != key(record, [])
     with state.main_process_first():
         if carrier and state.is_main_process and not other:
-            names, part = carrier.open(), output_file.parent / ".brought"
-            part.mkdir(exist_ok=True)
-            carrier.bring(names, part)
-            if not old and (begun := records.read(part / output_file.name)):
-                files.write_json(records.path_of(output_file), begun)
-            here = [row for log in find_logs(output_file.parent) for row in read_log(log)]
-            for log in find_logs(part):
-                for row in read_log(log):
-                    if row not in here:
-                        files.append_row(output_file.parent / "answers.jsonl", row)
-            shutil.rmtree(part)
+            names = carrier.open()
+            with arrivals(output_file.parent) as part:
+                carrier.bring(names, part)
+                if not old and (begun := records.read(part / output_file.name)):
+                    files.write_json(records.path_of(output_file), begun)
+                add_to_log(output_file.parent, [row for log in find_logs(part) for row in read_log(log)])
+
+
+def add_to_log(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append to `answers.jsonl` the rows that none of the logs in `folder` holds."""
+    here = [row for log in find_logs(folder) for row in read_log(log)]
+    for row in rows:
+        if row not in here:
+            files.append_row(folder / "answers.jsonl", row)
 
 
 def send(carrier: Courier, output_file: Path) -> None:

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from engine import attention, decoding, rows, shapes, slots
 from helpers import RecipeError, first_line
@@ -215,14 +221,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], limit: int = 6) -> list[in
 
 def together(model: PreTrainedModel, prompts: list[list[int]], limit: int = 6) -> list[list[int]]:
     """The answers of `greedy` with the model's own `generate`, all prompts padded to one length."""
-
-    def same(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-    def never(ids: torch.Tensor, _scores: Any) -> torch.Tensor:
-        return torch.zeros(len(ids), dtype=torch.bool)
-
-    plain = decoding.Decoding(len(prompts), same, never, penalize_prompt=False)
+    plain = decoding.Decoding(len(prompts), LogitsProcessorList(), StoppingCriteriaList(), penalize_prompt=False)
     return decoding.generate_batch(model, prompts, limit, plain)
 
 

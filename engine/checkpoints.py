@@ -16,7 +16,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from engine import files, records, training
-from engine.travel import Courier
+from engine.travel import Courier, arrivals
 from helpers import RecipeError, digest
 
 
@@ -94,18 +94,16 @@ def bring(carrier: Courier, folder: Path, record: Mapping[str, Any], local: Path
 
     Whatever lies there runs no code: the trainer reads optimizer and random state with `weights_only`.
     """
-    names, part = carrier.open(), folder / ".brought"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    carrier.bring({"record.json"} & {*names}, part)
-    step = records.read(part).get("step", sys.maxsize)
-    if names and step > (step_of(local) if local else 0):
-        carrier.bring(names, part)
-        if is_whole(part, record, f"the checkpoint in {carrier.hub_repo}"):
-            local = folder / f"checkpoint-{step}"
-            shutil.rmtree(local, ignore_errors=True)  # it was not whole
-            part.rename(local)
-    shutil.rmtree(part, ignore_errors=True)
+    names = carrier.open()
+    with arrivals(folder) as part:
+        carrier.bring({"record.json"} & {*names}, part)
+        step = records.read(part).get("step", sys.maxsize)
+        if names and step > (step_of(local) if local else 0):
+            carrier.bring(names, part)
+            if is_whole(part, record, f"the checkpoint in {carrier.hub_repo}"):
+                local = folder / f"checkpoint-{step}"
+                shutil.rmtree(local, ignore_errors=True)  # it was not whole
+                part.rename(local)
     return local
 
 

@@ -52,8 +52,8 @@ class KeptLayers:
 
     def add_gradients(self, sums: list[torch.Tensor | None]) -> None:
         """Add the gradients of the rows before; a row that no expert of a layer gets gives its matrices none."""
-        both = [(p.grad, total) for p, total in zip(self.parameters, sums, strict=True)]
-        both = [(new, old) for new, old in both if new is not None and old is not None]
+        pairs = [(p.grad, total) for p, total in zip(self.parameters, sums, strict=True)]
+        both = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
         if both:
             torch._foreach_add_(*map(list, zip(*both, strict=True)))
         for parameter, total in zip(self.parameters, sums, strict=True):

@@ -22,7 +22,6 @@ def slot_attention(
     scaling: float,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    position_ids: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention of the `Decoder` that is at work; returns (rows, tokens, heads, width).
@@ -32,14 +31,15 @@ def slot_attention(
     RecipeError if the model asks for a mask of its own or for anything else that is not known here.
     """
     attention.refuse_arguments(others | {"attention_mask": attention_mask})
-    if Decoder.at_work.slot is None:
-        unseen = Decoder.at_work.unseen(sliding_window)
+    decoder = Decoder.at_work
+    if decoder.slot is None:
+        unseen = decoder.unseen(sliding_window)
         return attention.capped(query, key, value, unseen, scaling, softcap).transpose(1, 2).contiguous(), None
-    return attention.packed(module, query, key, value, None, scaling, softcap, sliding_window, position_ids)
+    return attention.packed(module, query, key, value, None, scaling, softcap, sliding_window, decoder.position_ids)
 
 
 class Decoder:
-    """A known model (with or without an adapter) that decodes several answers together, one slot (row) each.
+    """A model (with or without an adapter) that decodes several answers together, one slot (row) each.
 
     Keys and values lie in a ring of columns; every decoding step writes one column of all slots. The order of columns
     does not matter to attention, because positions are rotated into the keys before they are stored; `positions`
@@ -122,8 +122,8 @@ class Decoder:
         self, tokens: torch.Tensor, positions: torch.Tensor, slot: int | None, columns: torch.Tensor
     ) -> torch.Tensor:
         """Run the model over new tokens of one slot or (None) of all."""
-        self.slot, self.columns = slot, columns
-        Decoder.at_work, attention.row.positions = self, positions
+        self.slot, self.columns, self.position_ids = slot, columns, positions
+        Decoder.at_work = self
         with torch.no_grad():
             return self.model(
                 input_ids=tokens,

@@ -109,6 +109,18 @@ class Courier:
 
 
 @contextmanager
+def arrivals(folder: Path) -> Iterator[Path]:
+    """An empty place in `folder` for what is brought, until it is looked at; afterwards it is gone."""
+    place = folder / ".brought"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
 def without_progress() -> Iterator[None]:
     """No bars of the hub's client within: they would break through the bar of the notebook."""
     before = are_progress_bars_disabled()
