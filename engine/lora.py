@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -36,13 +38,48 @@ def gated_gradients(
     return result, *pull(gradient)
 
 
+Results = deque[tuple[torch.Tensor, int]]  # (tokens, out), and its version: how often it was changed in its place
+
+
+class Memory:
+    """What the MLPs of a checkpointed layer gave in its first forward pass."""
+
+    written: Results | None = None  # while the first pass runs
+    read: Results | None = None  # while the second does
+
+
+memory = Memory()
+
+
+@contextmanager
+def remember(results: Results) -> Iterator[None]:
+    """Within the block the last matrix of every MLP writes its result down: of all that is computed twice in a
+    checkpointed layer, this costs most for its size.
+    """
+    memory.written = results
+    try:
+        yield
+    finally:
+        memory.written = None
+
+
+@contextmanager
+def recall(results: Results) -> Iterator[None]:
+    """Within the block the last matrix of every MLP reads its result, in the order in which they were written."""
+    memory.read = results
+    try:
+        yield
+    finally:
+        memory.read = None
+
+
 @lru_cache
 def function(gpu: bool) -> Callable[..., Any]:
     """Autograd function of peft's layer, scaling, A, B, an activation and inputs (tokens, in): Wx + bias + scaling BAx.
 
     Without an activation x is the input. With one it is what `gated` makes of two inputs; they are kept for the
     backward pass and x is not, so that an MLP keeps two of its four wide tensors. The products with A and B add
-    themselves to those with W. The gradients of A and B are float32.
+    themselves to those with W. The gradients of A and B are float32. A result with an activation may be remembered.
     """
     # Compiled, each of the two is a single kernel.
     make, make_gradients = (torch.compile(part, dynamic=True) if gpu else part for part in (gated, gated_gradients))
@@ -50,12 +87,19 @@ def function(gpu: bool) -> Callable[..., Any]:
     class Lora(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, layer: Any, scaling: float, a: Any, b: Any, activation: Any, *inputs: Any) -> Any:
-            x = make(activation, *inputs) if activation else inputs[0]
-            a, b = a.to(x.dtype), b.to(x.dtype)
+            a, b = a.to(inputs[0].dtype), b.to(inputs[0].dtype)
             ctx.constants = layer, scaling, activation
             ctx.save_for_backward(a, b, *inputs)
+            if activation and memory.read:
+                y, version = memory.read.popleft()
+                if y._version == version:
+                    return y
+            x = make(activation, *inputs) if activation else inputs[0]
             y = torch.nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.base_layer.bias)
-            return y.addmm_(x @ a.T, b.T, alpha=scaling)
+            y.addmm_(x @ a.T, b.T, alpha=scaling)
+            if activation and memory.written is not None:
+                memory.written.append((y.detach(), y._version))
+            return y
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:

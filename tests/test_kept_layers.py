@@ -34,48 +34,108 @@ def gradients_of_three_rows(trainer):
     return losses, [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("failing_layer", [0, 1])
-def test_a_row_that_does_not_fit_is_computed_again_and_changes_nothing(gpu_of_ten_gib, failing_layer):
-    """Out of memory in the middle of a backward pass: same losses, same gradients, same noise as without."""
-    model = adapted(gemma2())
+def trained_model(layers=2):
+    model = adapted(gemma2(layers))
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     randomize_b(model)
-    expected = gradients_of_three_rows(Trainer(model))
-    trainer = Trainer(model)
-    kept = helpers.kept_layers.KeptLayers(trainer)
+    return model
+
+
+def fail_once_in_backward(model, layer, only_if):
+    """Out of memory when the gradients of an MLP are known, in the second row that `only_if` is for."""
     failures = iter([False, True])
 
     def fail(*_):
-        if kept.kept and next(failures, False):
+        if only_if() and next(failures, False):
             raise torch.OutOfMemoryError("out of memory")
 
-    model.base_model.model.model.layers[failing_layer].mlp.down_proj.register_full_backward_hook(fail)
+    model.base_model.model.model.layers[layer].mlp.register_full_backward_hook(fail)
+    return lambda: next(failures, None) is None
+
+
+@pytest.mark.parametrize("failing_layer", [0, 1])
+def test_a_row_that_does_not_fit_is_computed_again_and_changes_nothing(gpu_of_ten_gib, failing_layer):
+    """Out of memory in the middle of a backward pass: same losses, same gradients, same noise as without."""
+    model = trained_model()
+    expected = gradients_of_three_rows(Trainer(model))
+    trainer = Trainer(model)
+    kept = helpers.kept_layers.KeptLayers(trainer)
+    has_failed = fail_once_in_backward(model, failing_layer, lambda: kept.kept)
     losses, gradients = gradients_of_three_rows(trainer)
-    assert next(failures, "none") == "none" and kept.margin == 3 * 2**30
+    assert has_failed() and kept.margin == 3 * 2**30
     torch.testing.assert_close((losses, gradients), expected, rtol=0, atol=0)
 
 
+def long_row_gradients(trainer):
+    """Of rows of 300 tokens, for which `add_in_place` computes the layers."""
+    torch.manual_seed(0)
+    trainer.model.zero_grad()
+    losses = [trainer.training_step(trainer.model, {"input_ids": torch.randint(2, 500, (1, 300))}) for _ in range(2)]
+    return losses, [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_that_remember_give_the_same_gradients_and_compute_their_last_matrix_once(gpu_of_ten_gib, fails):
+    model = trained_model(layers=3)
+    helpers.lora.add_in_place(model)
+    expected = long_row_gradients(Trainer(model))
+    trainer = Trainer(model)
+    kept = helpers.kept_layers.KeptLayers(trainer)
+    kept.plan = lambda used: (0, 2)
+    calls, frozen_weight = [], helpers.lora.frozen_weight
+
+    def count(layer, dtype):
+        calls.append(layer)
+        return frozen_weight(layer, dtype)
+
+    has_failed = fail_once_in_backward(model, 1, lambda: fails)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(helpers.lora, "frozen_weight", count)
+        found = long_row_gradients(trainer)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    first, *remembering = (layer.mlp.down_proj for layer in model.base_model.model.model.layers)
+    if fails:
+        assert has_failed() and kept.remembering == 1
+    else:
+        assert [calls.count(layer) for layer in (first, *remembering)] == [2 * 3, 2 * 2, 2 * 2]
+    assert kept.result_bytes == 64 * 4
+
+
+def test_a_result_that_the_model_changes_in_its_place_is_computed_again(gpu_of_ten_gib):
+    model = trained_model()
+    helpers.lora.add_in_place(model)
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.register_forward_hook(lambda _module, _inputs, result: result.mul_(2))
+    expected = long_row_gradients(Trainer(model))
+    trainer = Trainer(model)
+    helpers.kept_layers.KeptLayers(trainer).plan = lambda used: (0, 2)
+    torch.testing.assert_close(long_row_gradients(trainer), expected, rtol=0, atol=0)
+
+
 def test_layers_are_kept_as_long_as_memory_lasts(gpu_of_ten_gib):
-    """8 of 10 GiB are free beside the margin: 2 for the rest of a step, 3 for each layer."""
-    model = adapted(gemma2())
-    model.gradient_checkpointing_enable()
-    kept = helpers.kept_layers.KeptLayers(Trainer(model))
+    """8 of 10 GiB are free beside the margin: 2 for the rest of a step, 3 for each layer; first, all remember."""
+    kept = helpers.kept_layers.KeptLayers(Trainer(trained_model()))
     kept.layer_bytes, kept.rest_bytes, kept.rest_tokens = 3 * 2**30 / 4096, 2 * 2**30, 4096
     for tokens, expected in ((1024, 2), (4096, 2), (5120, 1), (16384, 0)):
         kept.tokens = tokens
-        kept.keep(kept.number_that_fits(used=0))
+        kept.keep(*kept.plan(used=0))
         assert [layer.gradient_checkpointing for layer in kept.layers] == [True] * (2 - expected) + [False] * expected
+    kept.result_bytes = 2**30 / 4096
+    for tokens, expected in ((4096, (2, 0)), (5120, (1, 1)), (8192, (0, 2)), (10240, (0, 1)), (16384, (0, 0))):
+        kept.tokens = tokens
+        assert kept.plan(used=0) == expected
 
 
-def test_gradients_of_several_rows_are_summed_where_a_row_gives_none(gpu_of_ten_gib):
-    """As for an expert that no token of a row is sent to."""
-    model = adapted(gemma2())
-    kept = helpers.kept_layers.KeptLayers(Trainer(model))
-    first, second, *others = kept.parameters
-    for parameter in kept.parameters:
-        parameter.grad = torch.ones_like(parameter)
-    second.grad = None
-    sums = [None, *(torch.full_like(parameter, 2.0) for parameter in (second, *others))]
-    kept.add_gradients(sums)
-    assert [float(parameter.grad.max()) for parameter in (first, second, others[0])] == [1.0, 2.0, 3.0]
+def test_a_training_that_starts_again_still_remembers(gpu_of_ten_gib):
+    """The trainer sets the functions that checkpoint a layer whenever it starts."""
+    model = trained_model()
+    helpers.lora.add_in_place(model)
+    trainer = Trainer(model)
+    kept = helpers.kept_layers.KeptLayers(trainer)
+    kept.plan = lambda used: (0, 2)
+    for _ in range(2):
+        kept.result_bytes = 0.0
+        model.gradient_checkpointing_enable()
+        long_row_gradients(trainer)
+        assert kept.result_bytes

@@ -18,9 +18,9 @@ SIZES = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def gemma2():
+def gemma2(layers=2):
     """GELU, four norms per layer, softcapping."""
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16))
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES | {"num_hidden_layers": layers}, head_dim=16))
 
 
 def qwen2():
