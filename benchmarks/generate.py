@@ -230,7 +230,7 @@ def main() -> None:
         if options.tiny:
             build_tiny(Path(options.folder))
         else:
-            gpu.build_checkpoint(Path(options.folder), gpu.GEMMA_2_27B, "cuda")
+            gpu.build_checkpoint(Path(options.folder), gpu.make_config("gemma-2-27b", tiny=False), "cuda")
         print(json.dumps({}))
     elif options.child == "unsloth":
         print(json.dumps(loop_2024(options.folder, options.child, options.tiny, count, measured=3)))

@@ -1,18 +1,21 @@
-"""Measure QLoRA training at Gemma-2-27B size with random weights: the 2024 settings beside today's.
+"""Measure QLoRA training at real sizes with random weights: this recipe beside unsloth and beside 2024.
 
-    python benchmarks/gpu.py            # one GPU with 40 GB or more, about ten minutes
-    python benchmarks/gpu.py --tiny     # a tiny model on the CPU, one minute: does every step still run?
+    python benchmarks/gpu.py                      # Gemma 2 27B, one GPU with 80 GB, about ten minutes
+    python benchmarks/gpu.py --shape qwen3-8b     # or another of SHAPES
+    python benchmarks/gpu.py --only "here, 16 texts, 23 GiB" "unsloth, 8 texts, no padding"
+    python benchmarks/gpu.py --tiny               # a tiny model on the CPU, one minute: does every step still run?
 
-Real weights are not needed for speed and memory: one random matrix of each shape is quantized once and written to
-every layer. Every setting runs in a process of its own (unsloth patches transformers, and memory starts empty),
-on the same examples in the same order, and reports real tokens per second: padding does not count.
-The result is a Markdown table on stdout.
+Real weights are not needed for speed and memory. Every setting runs in a process of its own (unsloth patches
+transformers, and memory starts empty), on the same examples, and reports real tokens per second: padding does not
+count. A setting names an engine, how many texts reach the GPU at a time (32 make a step), and how much of the GPU's
+memory there is: what is beyond is taken beforehand. The result is a Markdown table on stdout.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -49,21 +52,61 @@ TINY = GEMMA_2_27B | {
     "head_dim": 16,
     "vocab_size": 512,
 }
-# Every setting trains 32 examples a step; only how they reach the GPU differs.
-FAST = {
-    "attention": "examples",
-    "padding_free": True,
-    "pad_to_multiple_of": 128,
-    "use_liger_kernel": True,
-    "liger_kernel_config": {"geglu": False},  # slower here than torch's own
+QWEN_3_8B = {
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
 }
-SETTINGS = {
-    "transformers, 2024": {"attention": "eager", "kbit_fp32": True, "batch": 4, "loss_type": "nll"},
-    "unsloth, 2024": {"engine": "unsloth", "batch": 4},
-    "here, 38 GiB": FAST | {"batch": 8, "memory_gib": 38},
-    "here, 16 texts per row, 38 GiB": FAST | {"batch": 16, "memory_gib": 38},
-    "here": FAST | {"batch": 8},
-    "here, 16 texts per row": FAST | {"batch": 16},
+GEMMA_4 = {
+    "global_head_dim": 512,
+    "attention_k_eq_v": True,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA_4_12B = GEMMA_4 | {
+    "num_hidden_layers": 48,
+    "hidden_size": 3840,
+    "intermediate_size": 15360,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 1,
+}
+GEMMA_4_31B = GEMMA_4 | {
+    "num_hidden_layers": 60,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "num_global_key_value_heads": 4,
+}
+EXPERTS_30B = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+EXPERTS_30B |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+PADDED, PACKED, GROUPED = "unsloth, 4 texts", "unsloth, 8 texts, no padding", "unsloth, 8 texts, grouped by length"
+# Model type, values of its config, and what is measured by default. unsloth at its best: without padding, and grouped
+# by length where it refuses that.
+SHAPES = {
+    "gemma-2-27b": (
+        "gemma2",
+        GEMMA_2_27B,
+        ["transformers, 4 texts", PADDED, GROUPED, "here, 8 texts, 38 GiB", "here, 8 texts, 78 GiB"],
+    ),
+    "qwen3-8b": ("qwen3", QWEN_3_8B, [PACKED, "here, 8 texts, 12 GiB", "here, 8 texts, 23 GiB", "here, 16 texts"]),
+    "gemma-4-12b": ("gemma4_text", GEMMA_4_12B, [PACKED, "here, 8 texts"]),
+    "gemma-4-31b": ("gemma4_text", GEMMA_4_31B, [PACKED, "here, 8 texts"]),
+    "qwen3.5-9b": ("qwen3_5_text", {}, [PACKED, "here, 4 texts"]),  # without values: those of transformers
+    "ministral3-8b": ("ministral3", {}, [PACKED, "here, 8 texts"]),
+    "lfm2-2.6b": ("lfm2", {}, [PACKED, "here, 8 texts"]),
+    "gpt-oss-20b, 8 of 24 layers": (
+        "gpt_oss",
+        {"num_hidden_layers": 8, "num_local_experts": 32},
+        [PACKED, "here, 4 texts"],
+    ),
+    "qwen3-30b-a3b, 12 of 48 layers": ("qwen3_moe", EXPERTS_30B | {"num_hidden_layers": 12}, [PACKED, "here, 8 texts"]),
 }
 EXAMPLES_A_STEP = 32
 MAX_LENGTH = 2048
@@ -77,16 +120,46 @@ def example_lengths(count: int, max_length: int, mean: float = 631.0, sigma: flo
     return [int(length) for length in np.clip(draws, 16, max_length)]
 
 
-def build_checkpoint(folder: Path, geometry: dict, device: str) -> None:
-    """Write a random NF4 (double quantization) Gemma 2 checkpoint to `folder`: one shard a layer, the same weights."""
-    import torch
-    from bitsandbytes.functional import quantize_4bit
-    from safetensors.torch import save_file
-    from transformers import Gemma2Config
+def make_config(shape: str, tiny: bool):
+    """The transformers config of a shape, or of a tiny model with its architecture."""
+    from transformers import CONFIG_MAPPING
 
-    config = Gemma2Config(**geometry)
-    config.architectures = ["Gemma2ForCausalLM"]
-    config.dtype = "bfloat16"
+    model_type, values, _ = SHAPES[shape]
+    config = CONFIG_MAPPING[model_type](**values)
+    if tiny:
+        config = type(config)(**helpers.architectures.tiny_values(config) | {"vocab_size": 512})
+    return config
+
+
+def build_checkpoint(folder: Path, config, device: str) -> None:
+    """Write a random checkpoint in NF4 with double quantization, as notebook 1 does, to `folder`, module by module."""
+    from safetensors.torch import save_file
+    from transformers import set_seed
+
+    set_seed(0)
+    model = helpers.shapes.empty(config)
+    linear, names = helpers.shapes.linear_layers(model), model.state_dict().keys()
+    weight_map, shard = {}, {}
+
+    def save_shard() -> None:
+        file = f"shard-{len(weight_map)}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    tied = set(model.all_tied_weights_keys)
+    for name, module in model.named_modules():
+        module.to_empty(device=device, recurse=False)
+        model._init_weights(module)
+        own = {f"{name}.{key}": value for key, value in (*module._parameters.items(), *module._buffers.items())}
+        for key, value in own.items():
+            if key in names and key not in tied:
+                shard |= quantized(key, value) if name in linear else {key: value.detach().bfloat16().cpu()}
+        module.to_empty(device="meta", recurse=False)
+        if sum(tensor.nbytes for tensor in shard.values()) > 2**29:
+            save_shard()
+    save_shard()
+    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -95,41 +168,20 @@ def build_checkpoint(folder: Path, geometry: dict, device: str) -> None:
         "bnb_4bit_compute_dtype": "bfloat16",
     }
     config.save_pretrained(folder)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, key_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    linear_shapes = {
-        "self_attn.q_proj": (heads, hidden),
-        "self_attn.k_proj": (key_heads, hidden),
-        "self_attn.v_proj": (key_heads, hidden),
-        "self_attn.o_proj": (hidden, heads),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    torch.manual_seed(0)
-    layer = {}
-    for name, shape in linear_shapes.items():
-        weight = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
-        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-        layer[f"{name}.weight"] = packed.cpu()
-        for key, value in state.as_dict(packed=True).items():
-            layer[f"{name}.weight.{key}"] = value.cpu()
-    norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    layer |= {f"{name}.weight": torch.zeros(hidden, dtype=torch.bfloat16) for name in norms}
-    shards = {
-        f"layer-{index}.safetensors": {f"model.layers.{index}.{name}": tensor for name, tensor in layer.items()}
-        for index in range(config.num_hidden_layers)
-    }
-    embedding = torch.randn((config.vocab_size, hidden), dtype=torch.bfloat16, device=device) * 0.02
-    shards["rest.safetensors"] = {
-        "model.embed_tokens.weight": embedding.cpu(),
-        "model.norm.weight": torch.zeros(hidden, dtype=torch.bfloat16),
-    }
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     save_tokenizer(folder)
+
+
+def quantized(name: str, value) -> dict:
+    """The tensors of a linear layer's weight in 4 bit, by the names that transformers stores them with; of its bias."""
+    from bitsandbytes.functional import quantize_4bit
+
+    value = value.detach().bfloat16()
+    if not name.endswith(".weight"):
+        return {name: value.cpu()}
+    packed, state = quantize_4bit(value, compress_statistics=True, quant_type="nf4")
+    tensors = {f"{name}.{key}": part.cpu() for key, part in state.as_dict(packed=True).items()}
+    return tensors | {name: packed.cpu()}
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -143,42 +195,68 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
-def load_for_training(folder: str, setting: dict):
-    """Load the checkpoint with a LoRA adapter on every linear layer (r = alpha = 64), as the recipe does."""
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    if setting.get("engine") == "unsloth":
-        from unsloth import FastLanguageModel
+def load_here(folder: str, texts: list[list[int]]):
+    """Model, tokenizer and whether texts need no padding, as notebook 3 has them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
 
-        model, tokenizer = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=MAX_LENGTH, load_in_4bit=True, use_exact_model_name=True
-        )
-        model = FastLanguageModel.get_peft_model(
-            model, r=64, lora_alpha=64, target_modules=targets, use_gradient_checkpointing="unsloth", random_state=3407
-        )
-        return model, tokenizer
+    config = helpers.models.text_config(folder)
+    without_padding = helpers.architectures.check(config, "transformers").rows
+    model, tokenizer = helpers.models.load(folder, "transformers", max_seq_length=MAX_LENGTH)
+    without_padding = without_padding and helpers.rows.switch_on(model, texts)
+    set_seed(3407)
+    targets = helpers.shapes.lora_targets(config)
+    model = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, **targets, task_type="CAUSAL_LM"))
+    return model, tokenizer, helpers.training.machine_arguments("bfloat16", without_padding, False, 0, 1)
+
+
+def load_transformers(folder: str, _texts: list[list[int]]):
+    """As the guides of 2024 did: eager attention, padding, and norms, embeddings and head in float32."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import set_seed
 
-    AttentionInterface.register("examples", helpers.attention.packed)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        device_map={"": 0} if torch.cuda.is_available() else "cpu",
-        attn_implementation=setting["attention"],
-    )
-    if setting.get("kbit_fp32"):  # as the 2024 guides did: norms, embeddings and head become float32
-        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, tokenizer = helpers.models.load(folder, "transformers", max_seq_length=MAX_LENGTH)
+    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     set_seed(3407)
-    model = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
-    return model, AutoTokenizer.from_pretrained(folder)
+    targets = helpers.shapes.lora_targets(helpers.models.text_config(folder))
+    model = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, **targets, task_type="CAUSAL_LM"))
+    optimizer = "adamw_8bit" if torch.cuda.is_available() else "adamw_torch"
+    return model, tokenizer, {"loss_type": "nll", "bf16": True, "optim": optimizer}
+
+
+def load_unsloth(folder: str, _texts: list[list[int]]):
+    """As notebook 3 does with this engine."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    options = {"max_seq_length": MAX_LENGTH, "load_in_4bit": True, "use_exact_model_name": True}
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, **options)
+    targets = helpers.shapes.lora_targets(helpers.models.text_config(folder))
+    options = {"use_gradient_checkpointing": "unsloth", "random_state": 3407}
+    model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=64, **targets, **options)
+    optimizer = "adamw_8bit" if torch.cuda.is_available() else "adamw_torch"
+    return model, tokenizer, {"bf16": True, "optim": optimizer}
+
+
+LOADERS = {"here": load_here, "transformers": load_transformers, "unsloth": load_unsloth}
+
+
+def random_texts(count: int, vocabulary: int, tiny: bool) -> list[list[int]]:
+    """The token ids of `count` examples."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = example_lengths(count, 64, 20) if tiny else example_lengths(count, MAX_LENGTH)
+    return [torch.randint(4, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 def train(folder: str, name: str, steps: int) -> dict:
     """Train `steps` optimizer steps of 32 examples; the first only warms up. Tokens/s count no padding."""
-    setting = SETTINGS[name]
-    if setting.get("engine") == "unsloth":
-        import unsloth  # noqa: F401  (before trl and transformers, which it patches)
+    engine, *options = name.split(", ")
+    batch = int(re.search(r"(\d+) texts", name).group(1))
+    memory = re.search(r"(\d+) GiB", name)
+    helpers.machine.start_engine("unsloth" if engine == "unsloth" else "transformers")
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -186,63 +264,45 @@ def train(folder: str, name: str, steps: int) -> dict:
 
     cuda = torch.cuda.is_available()
     others = 0  # bytes that other programs would use on a smaller GPU
-    if cuda and "memory_gib" in setting:
-        others = torch.cuda.mem_get_info()[0] - int(setting["memory_gib"] * 2**30)
+    if cuda and memory:
+        others = torch.cuda.mem_get_info()[0] - int(memory.group(1)) * 2**30
         ballast = torch.empty(others, dtype=torch.uint8, device="cuda")  # noqa: F841  (alive until the function ends)
     started = time.time()
-    model, tokenizer = load_for_training(folder, setting)
+    vocabulary = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
+    texts = random_texts(EXAMPLES_A_STEP * steps, vocabulary, tiny=not cuda)
+    model, tokenizer, machine_arguments = LOADERS[engine](folder, texts[:2])
     load_seconds = time.time() - started
-    max_length = MAX_LENGTH if cuda else 64
-    generator = torch.Generator().manual_seed(0)
-    lengths = example_lengths(EXAMPLES_A_STEP * steps, max_length, 631 if cuda else 20)
-    vocabulary = model.config.vocab_size
-    rows = [torch.randint(4, vocabulary, (length,), generator=generator).tolist() for length in lengths]
-    options_of_trainer = (
-        "loss_type",
-        "padding_free",
-        "pad_to_multiple_of",
-        "use_liger_kernel",
-        "liger_kernel_config",
-        "train_sampling_strategy",
-    )
-    trainer_options = {key: setting[key] for key in options_of_trainer if key in setting}
-    if not cuda:  # liger's kernels run on a GPU only
-        trainer_options.pop("use_liger_kernel", None)
-        trainer_options.pop("liger_kernel_config", None)
+    machine_arguments |= {"padding_free": True} if "no padding" in options else {}
+    machine_arguments |= {"train_sampling_strategy": "group_by_length"} if "grouped by length" in options else {}
     with tempfile.TemporaryDirectory() as output_dir:
         arguments = SFTConfig(
             output_dir=output_dir,
             max_steps=steps,
-            per_device_train_batch_size=setting["batch"],
-            gradient_accumulation_steps=EXAMPLES_A_STEP // setting["batch"],
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=EXAMPLES_A_STEP // batch,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
-            optim="adamw_8bit" if cuda else "adamw_torch",
             weight_decay=0.01,
-            bf16=True,
-            use_cpu=not cuda,
             max_length=None,  # the examples are short enough; padding_free accepts nothing else
+            router_aux_loss_coef=0.0,
             gradient_checkpointing=True,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             seed=3407,
-            **trainer_options,
+            **{"use_cpu": not cuda} | machine_arguments,
         )
         trainer = SFTTrainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_dict({"input_ids": rows}),
+            train_dataset=Dataset.from_dict({"input_ids": texts}),
             processing_class=tokenizer,
         )
+    if engine == "here":
+        helpers.training.prepare(trainer)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # trl makes the adapter bf16, in which small updates are rounded away
             parameter.data = parameter.data.float()
-    kept = None
-    if setting.get("padding_free"):  # as notebook 3 does
-        helpers.lora.add_in_place(model)
-        kept = helpers.kept_layers.KeptLayers(trainer) if cuda else None
-
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -265,32 +325,34 @@ def train(folder: str, name: str, steps: int) -> dict:
     started = time.time()
     trainer.train()
     seconds = times[-1] - times[0]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    batches_a_step = EXAMPLES_A_STEP // setting["batch"]
+    batches_a_step = EXAMPLES_A_STEP // batch
     tokens = sum(batch_tokens[batches_a_step : batches_a_step * steps])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    kept = getattr(trainer.training_step, "__self__", None)
     return {
         "setting": name,
         "tokens_per_second": round(tokens / seconds, 1),
-        "loss": [round(loss, 4) for loss in losses],
+        "loss": [round(float(loss), 4) for loss in losses],
         "tokens": tokens,
         "peak_gib": round((torch.cuda.max_memory_allocated() - others) / 2**30, 2) if cuda else None,
         "reserved_gib": round((torch.cuda.max_memory_reserved() - others) / 2**30, 2) if cuda else None,
         "load_seconds": round(load_seconds, 1),
         "first_step_seconds": round(times[0] - started, 1),
-        "kept_layers_of_last_row": kept and kept.kept,
+        "last_row_kept_remembered": [kept.kept, kept.remembering] if hasattr(kept, "kept") else None,
         "step_seconds": round(seconds / (steps - 1), 2),
     }
 
 
-def quantize(folder: str, geometry: dict, layers: int) -> dict:
-    """Quantize a bf16 checkpoint of `layers` layers from disk and save it, as notebook 01 does; scale up by layers."""
+def quantize(folder: str, tiny: bool) -> dict:
+    """Quantize 4 of the 46 bf16 layers of Gemma 2 27B from disk and save them, as notebook 01 does."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM
 
     cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    with torch.device(device):
-        base = Gemma2ForCausalLM(Gemma2Config(**geometry | {"num_hidden_layers": layers})).to(torch.bfloat16)
+    layers = 2 if tiny else 4
+    with torch.device("cuda" if cuda else "cpu"):
+        config = Gemma2Config(**(TINY if tiny else GEMMA_2_27B) | {"num_hidden_layers": layers})
+        base = Gemma2ForCausalLM(config).to(torch.bfloat16)
     base.save_pretrained(f"{folder}/base")
     del base
     if cuda:
@@ -322,10 +384,6 @@ def quantize(folder: str, geometry: dict, layers: int) -> dict:
 def run_alone(script: str, command: list[str], seconds: float) -> dict:
     """Run `script` with `command` in a process of its own; the last line it prints is its result as JSON."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    if "unsloth" in " ".join(command):
-        # torch 2.11's inductor fails (AssertionError in decompose_triton_kernel_wrapper_functional) on the block that
-        # unsloth 2026.10.9 compiles around its own Triton kernels; without that it autotunes attention for minutes.
-        environment["TORCHDYNAMO_DISABLE"] = "1"
     try:
         done = subprocess.run(
             [sys.executable, script, *command],
@@ -355,18 +413,20 @@ def checkpoint_folder(script: str, folder: str | None, options: list[str]) -> It
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="gemma-2-27b")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a setting; the first warms up")
-    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="settings to run")
+    parser.add_argument("--only", nargs="*", help="settings to run; quantize: notebook 1's step")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="keep the checkpoint there, and use the one that is there")
     options = parser.parse_args()
-    geometry = TINY if options.tiny else GEMMA_2_27B
     if options.child == "build":
-        build_checkpoint(Path(options.folder), geometry, "cpu" if options.tiny else "cuda")
+        config = make_config(options.shape, options.tiny)
+        build_checkpoint(Path(options.folder), config, "cpu" if options.tiny else "cuda")
         print(json.dumps({}))
     elif options.child == "quantize":
-        print(json.dumps(quantize(options.folder, geometry, layers=2 if options.tiny else 4)))
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(quantize(folder, options.tiny)))
     elif options.child:
         print(json.dumps(train(options.folder, options.child, options.steps)))
     else:
@@ -377,30 +437,28 @@ def run_all(options: argparse.Namespace) -> None:
     """Build the checkpoint, run every setting alone and print the table."""
     import torch
 
-    tiny = ["--tiny"] if options.tiny else []
+    passed_on = ["--shape", options.shape, *(["--tiny"] if options.tiny else [])]
     results = []
-    with checkpoint_folder(__file__, options.folder, tiny) as folder:
-        for name in options.only:
-            command = ["--child", name, "--folder", folder, "--steps", str(options.steps), *tiny]
+    with checkpoint_folder(__file__, options.folder, passed_on) as folder:
+        for name in options.only or SHAPES[options.shape][2]:
+            command = ["--child", name, "--folder", folder, "--steps", str(options.steps), *passed_on]
             results.append({"setting": name} | run_alone(__file__, command, 600))
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        quantized = run_alone(__file__, ["--child", "quantize", "--folder", folder, *tiny], 300)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, tiny model"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "bitsandbytes"))
-    print(f"\n{device}, {date.today()}; {packages}\n")
-    print("| setting | real tokens/s | ratio | peak GiB | first step, s | losses |\n|---|---|---|---|---|---|")
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, tiny model"
+    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(f"\n{options.shape}, {machine}, {date.today()}; {versions}\n")
+    print("| setting | real tokens/s | ratio | peak GiB (reserved) | first step, s | losses |\n|---|---|---|---|---|---|")
     base = results[0].get("tokens_per_second")
     for row in results:
-        if "error" in row:
-            print(f"| {row['setting']} | failed: {row['error'].splitlines()[-1]} | | | | |")
-        else:
-            ratio = row["tokens_per_second"] / base if base else math.nan
-            print(
-                f"| {row['setting']} | {row['tokens_per_second']:.0f} | {ratio:.2f} | {row['peak_gib']} "
-                f"| {row['first_step_seconds']} | {', '.join(f'{loss:.4f}' for loss in row['loss'])} |"
-            )
-    print(f"\nQuantize: {json.dumps(quantized)}")
+        if "tokens_per_second" not in row:
+            print(f"| {row['setting']} | {row.get('error', json.dumps(row)).splitlines()[-1]} | | | | |")
+            continue
+        ratio = row["tokens_per_second"] / base if base else math.nan
+        print(
+            f"| {row['setting']} | {row['tokens_per_second']:.0f} | {ratio:.2f} | {row['peak_gib']} "
+            f"({row['reserved_gib']}) | {row['first_step_seconds']} | {', '.join(f'{x:.4f}' for x in row['loss'])} |"
+        )
 
 
 if __name__ == "__main__":

@@ -102,12 +102,14 @@ def build(folder: Path, shape: str) -> None:
     """
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, Gemma2Config
 
     device = "cpu" if shape == "tiny" else "cuda"
-    gpu.build_checkpoint(folder, SHAPES[shape], device)
+    gpu.build_checkpoint(folder, Gemma2Config(**SHAPES[shape]), device)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    rest = load_file(folder / "rest.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"]["model.embed_tokens.weight"]
+    rest = load_file(shard)
     size = rest["model.embed_tokens.weight"].shape
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     printable = [
@@ -118,7 +120,7 @@ def build(folder: Path, shape: str) -> None:
     length[printable] = 1
     vectors = torch.randn(size, device=device) * length * (0.25 / size[1] ** 0.5)
     rest["model.embed_tokens.weight"] = vectors.to(torch.bfloat16).cpu()
-    save_file(rest, folder / "rest.safetensors", metadata={"format": "pt"})
+    save_file(rest, shard, metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
 
