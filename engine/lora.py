@@ -42,7 +42,7 @@ Results = deque[tuple[torch.Tensor, int]]  # (tokens, out), and its version: how
 
 
 class Memory:
-    """What the MLPs of a checkpointed layer gave in its first forward pass."""
+    """What the two forward passes of a checkpointed layer share: the results of its MLPs. None outside of such."""
 
     written: Results | None = None  # while the first pass runs
     read: Results | None = None  # while the second does
@@ -88,27 +88,31 @@ def function(gpu: bool) -> Callable[..., Any]:
         @staticmethod
         def forward(ctx: Any, layer: Any, scaling: float, a: Any, b: Any, activation: Any, *inputs: Any) -> Any:
             a, b = a.to(inputs[0].dtype), b.to(inputs[0].dtype)
-            ctx.constants = layer, scaling, activation
-            ctx.save_for_backward(a, b, *inputs)
+            weight = frozen_weight(layer, inputs[0].dtype)
+            # What a checkpointed layer saves lives from its second pass to its backward pass, a moment later.
+            unpacked = () if memory.written is None and memory.read is None else (weight,)
+            ctx.constants = layer, scaling, activation, bool(unpacked)
+            ctx.save_for_backward(a, b, *unpacked, *inputs)
             if activation and memory.read:
                 y, version = memory.read.popleft()
                 if y._version == version:
                     return y
             x = make(activation, *inputs) if activation else inputs[0]
-            y = torch.nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.base_layer.bias)
-            y.addmm_(x @ a.T, b.T, alpha=scaling)
+            y = torch.nn.functional.linear(x, weight, layer.base_layer.bias).addmm_(x @ a.T, b.T, alpha=scaling)
             if activation and memory.written is not None:
                 memory.written.append((y.detach(), y._version))
             return y
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            (layer, scaling, activation), (a, b, *inputs) = ctx.constants, ctx.saved_tensors
-            inner = (gradient @ b).mul_(scaling)  # the gradient of Ax
-            of_x = (gradient @ frozen_weight(layer, gradient.dtype)).addmm_(inner, a)
+            (layer, scaling, activation, unpacked), (a, b, *inputs) = ctx.constants, ctx.saved_tensors
+            weight = inputs.pop(0) if unpacked else frozen_weight(layer, gradient.dtype)
+            inner = gradient @ b  # of Ax, but for the scaling
+            of_x = (gradient @ weight).addmm_(inner, a, alpha=scaling)
             x, *of_inputs = make_gradients(activation, *inputs, of_x) if activation else (inputs[0], of_x)
-            of_b = (gradient.T @ (x @ a.T)).mul_(scaling)
-            return None, None, (inner.T @ x).float(), of_b.float(), None, *of_inputs
+            of_adapter = inner.T @ x, gradient.T @ (x @ a.T)
+            of_a, of_b = (product if scaling == 1 else product.mul_(scaling) for product in of_adapter)
+            return None, None, of_a.float(), of_b.float(), None, *of_inputs
 
     return Lora.apply
 
