@@ -191,8 +191,10 @@ def test_options_follow_the_width_of_the_heads_and_the_card():
     """Up to 128 torch's own, as ever; above, those whose kernels fit (benchmarks/results/attention.md)."""
     t4, l4, a100, h200 = 65536, 101376, 166912, 232448
     options = helpers.attention.kernel_options
-    for card in (t4, l4, a100, h200):
+    assert options(64, h200) == options(128, h200) == {"BACKEND": "TRITON", "bwd_num_stages": 2}
+    for card in (t4, l4, a100):
         assert options(64, card) == options(128, card) == {"BACKEND": "TRITON"}
+    for card in (t4, l4, a100, h200):
         assert options(256, card)["fwd_num_stages"] == options(256, card)["bwd_num_stages"] == 2
     assert options(512, h200) == options(512, a100) == {"BACKEND": "TRITON", "fwd_num_stages": 2}
     assert options(512, l4)["fwd_BLOCK_M"] == options(512, l4)["fwd_BLOCK_N"] == 32
