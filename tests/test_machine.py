@@ -163,7 +163,12 @@ class TestFit:
         lines = helpers.machine.fit_report(t4, need, "lower the batch")
         assert lines[0] == "Tesla T4, 14.6 GiB free, bfloat16: no, float16 is used"
         assert lines[-1] == "IT WILL NOT FIT: lower the batch, or choose a larger GPU"
-        assert "no GPU" in helpers.machine.fit_report(None, need, "")[-1]
+        assert lines[1].startswith("this run needs about ") and " GiB of GPU memory: weights " in lines[1]
+
+    def test_report_says_what_it_means_to_have_no_gpu(self):
+        first, second = helpers.machine.fit_report(None, {"weights": 2.0, "working memory": 3.0, "adapter": 0.01}, "")
+        assert first.startswith("no NVIDIA GPU was found, so the CPU computes: ")
+        assert second.endswith("it would need about 5.0 GiB of GPU memory: weights 2.0, working memory 3.0")
 
 
 @pytest.fixture
