@@ -979,14 +979,14 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
 ROOMS = ("answers", "architectures", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats")
 ROOMS += ("forms", "gguf", "hub", "judge", "kept_layers", "likelihood", "lora", "machine", "models", "outlook")
 ROOMS += ("parameters", "reading", "records", "reports", "retrieval", "rows", "rules", "shapes", "slots", "training")
-ROOMS += ("travel",)
+ROOMS += ("travel", "trial")
 
 if TYPE_CHECKING:  # for editors
     # fmt: off
     from engine import (  # noqa: F401, I001
         answers, architectures, attention, chat, checkpoints, decoding, files, folders, formats, forms, gguf, hub,
         judge, kept_layers, likelihood, lora, machine, models, outlook, parameters, reading, records, reports,
-        retrieval, rows, rules, shapes, slots, training, travel,
+        retrieval, rows, rules, shapes, slots, training, travel, trial,
     )
     # fmt: on
 

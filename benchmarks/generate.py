@@ -220,12 +220,12 @@ def peak_gib() -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--tasks", type=int, help="how many; 100, and of the tiny model 12")
     parser.add_argument("--slots", type=int, default=40, help="answers at once, fewer if memory is short")
     parser.add_argument("--folder", help="keep the checkpoint there, and use the one that is there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    count = 12 if options.tiny else options.tasks
+    options.tasks = count = options.tasks or (12 if options.tiny else 100)
     if options.child == "build":
         if options.tiny:
             build_tiny(Path(options.folder))

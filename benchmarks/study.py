@@ -48,7 +48,7 @@ MEASURES = {
 }
 COLUMNS = ["arm", "seed", "task_id", "nll", "chrf", "rouge_l", "japanese", "loop", "cut"]
 DIGITS = {"nll": 4, "chrf": 2, "rouge_l": 2, "japanese": 4}
-UNTOLD = "cannot be told from noise"
+UNTOLD = "not clear"  # also where an interval leaves out zero: it is not corrected for the number of comparisons
 
 
 # 1. Rows, tasks and examples

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from engine import files
+from engine import files, folders
 from helpers import RecipeError, find_cause, first_line, shown
 
 logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its warnings are the server's words
@@ -230,11 +230,15 @@ def refuse_public(hub_repo: str, private: Any) -> None:
 
 
 def push_folder(folder: str | Path, hub_repo: str, token: str) -> None:
-    """Upload a folder to a private hub model repository; an interrupted upload goes on where it stopped."""
+    """Upload a folder to a private hub model repository in one commit; an interrupted upload goes on where it stopped.
+
+    `upload_folder` would make several commits of a large folder, and a reader between two would see half of it.
+    """
     api = HfApi(token=token)
     with one_line(f"{folder} is complete, but cannot be pushed to {hub_repo}"):
         open_private(api, hub_repo, "model")
-        api.upload_folder(repo_id=hub_repo, folder_path=folder)
+        added = [CommitOperationAdd(name, str(Path(folder, name))) for name in folders.list_files(Path(folder))]
+        api.create_commit(hub_repo, added, commit_message="Files, card and record")
 
 
 def push_rows(paths: Mapping[str, str | Path], hub_repo: str, token: str) -> None:

@@ -250,12 +250,16 @@ def fit_report(gpu: Mapping[str, Any] | None, need: Mapping[str, float], remedy:
     """Lines that say whether a run that needs `need` GiB, part by part, fits the GPU (see `find_gpu`)."""
     total = sum(need.values())
     parts = ", ".join(f"{part} {size:.1f}" for part, size in need.items() if size >= 0.05)
-    needed = f"this run needs about {total:.1f} GiB of GPU memory: {parts}"
+    needed = f"about {total:.1f} GiB of GPU memory: {parts}"
     if gpu is None:
-        return [needed, "no GPU: the tiny models run here; for the others, in Colab, Runtime > Change runtime type"]
+        return [
+            "no NVIDIA GPU was found, so the CPU computes: enough for the tiny models of the smoke run, slow for "
+            "larger ones",
+            f"with a GPU (in Colab: Runtime > Change runtime type) it would need {needed}",
+        ]
     bf16 = "yes" if gpu["compute_capability"] >= 8 else "no, float16 is used"
     verdict = "it fits" if fits(need, gpu["free_gib"]) else f"IT WILL NOT FIT: {remedy}, or choose a larger GPU"
-    return [f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}", needed, verdict]
+    return [f"{gpu['name']}, {gpu['free_gib']:.1f} GiB free, bfloat16: {bf16}", f"this run needs {needed}", verdict]
 
 
 def report(packages: Iterable[str], need: Mapping[str, float], remedy: str) -> None:

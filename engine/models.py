@@ -18,7 +18,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -71,15 +71,28 @@ def read_configs(name: str, revision: str, max_seq_length: int) -> tuple[PreTrai
     except Exception as error:
         raise RecipeError(f"{name}: its config.json cannot be used ({first_line(error)})") from None
     longest = readable_tokens(config)
-    if whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RecipeError(f"{name}: {whole.model_type} is not a causal language model")
+    if problem := not_causal(whole, config):
+        raise RecipeError(f"{name}: {problem}")
     if longest and max_seq_length > longest:
         raise RecipeError(f"{name}: it reads at most {longest} tokens: lower max_seq_length ({max_seq_length})")
     if config is not whole:  # what the wrapper says of its text part
-        config.tie_word_embeddings = whole.tie_word_embeddings
+        if hasattr(whole, "tie_word_embeddings"):
+            config.tie_word_embeddings = whole.tie_word_embeddings
         if hasattr(whole, "quantization_config"):
             config.quantization_config = whole.quantization_config
     return whole, config
+
+
+def not_causal(whole: PreTrainedConfig, config: PreTrainedConfig) -> str:
+    """Why a model is no causal language model, from its config and that of its text part; empty if it is one."""
+    if whole.is_encoder_decoder:
+        return f"{whole.model_type} models have an encoder and are not causal language models"
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return ""
+    if config is whole:
+        return f"{whole.model_type} is not a causal language model"
+    part = f"transformers has no causal language model for the text part ({config.model_type})"
+    return f"{whole.model_type} reads more than text, and {part}; choose a model for text alone"
 
 
 def readable_tokens(config: PreTrainedConfig) -> int | None:
@@ -98,9 +111,9 @@ def left_behind(whole: PreTrainedConfig, config: PreTrainedConfig) -> str:
     """What a multimodal model has beside its text part, such as a tower for pictures, by its size."""
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(copy.deepcopy(whole), trust_remote_code=False)
+            model = AutoModelForMultimodalLM.from_config(copy.deepcopy(whole), trust_remote_code=False)
         weights = model.num_parameters() - shapes.empty(config).num_parameters()
-    except Exception:  # it reads something else, sounds for one
+    except Exception:  # the libraries for its other parts are not here
         return ""
     return f", without its other {weights / 1e6:,.0f} million weights"
 
@@ -146,14 +159,11 @@ def load_weights(name: str, config: PreTrainedConfig, **options: Any) -> PreTrai
 
     Raises RecipeError if tensors are missing, which transformers would fill with random numbers.
     """
-    # The names in the weights of a multimodal model become those of its text part.
-    options["key_mapping"] = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
-    options |= {"config": config, "output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        model, missing = read_weights(name, config, **options)
     except (SafetensorError, HfHubHTTPError, OSError) as error:
         raise RecipeError(f"{name}: its weights cannot be read ({first_line(error)}); fetch it again") from None
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         raise RecipeError(f"{name}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
     try:
         model.generation_config.validate(strict=True)
@@ -161,6 +171,15 @@ def load_weights(name: str, config: PreTrainedConfig, **options: Any) -> PreTrai
         model.generation_config.do_sample = True
     keep_weights_unpacked(model)
     return model
+
+
+def read_weights(name: str, config: PreTrainedConfig, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model with this config as transformers reads it, and the names of the tensors that it did not find."""
+    # The names in the weights of a multimodal model become those of its text part.
+    options["key_mapping"] = {r"^language_model\.": "", r"^model\.(language|text)_model\.": "model."}
+    options |= {"config": config, "output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
+    model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    return model, sorted(info["missing_keys"])
 
 
 def keep_weights_unpacked(model: PreTrainedModel) -> None:

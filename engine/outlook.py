@@ -36,7 +36,9 @@ def slowdown(card: str) -> float | None:
 
 
 def training_rate(billions: float, card: str, free_gib: float, engine: str) -> float | None:
-    """Tokens per second of a training of so many billions of weights; None for an unknown card."""
+    """Tokens per second of a training of so many billions of weights, at most if they are far fewer than MEASURED: the
+    smaller a model, the less of its time is matrix products. None for an unknown card.
+    """
     times = slowdown(card)
     measured = 1347 if engine == "unsloth" else 3708 if free_gib > 70 else 2846
     return measured * MEASURED / billions / times if times else None
@@ -58,8 +60,11 @@ def training_lines(gpu: Mapping[str, Any], config: PreTrainedConfig, engine: str
     rate = training_rate(billions, gpu["name"], gpu["free_gib"], engine)
     if not rate:
         return [way, f"no estimate of the hours: the rates of {gpu['name']} are not known"]
-    hours = PASS / rate / 3600
-    said = f"{rate:,.0f} tokens/s, so {hours:.1f} hours for one pass over the recipe's data ({PASS / 1e6:.0f} million)"
+    hours, at_most, at_least = PASS / rate / 3600, "", ""
+    if billions < MEASURED / 2:
+        at_most, at_least = "at most ", "at least "
+    said = f"{at_most}{rate:,.0f} tokens/s, so {at_least}{hours:.1f} hours"
+    said += f" for one pass over the recipe's data ({PASS / 1e6:.0f} million)"
     return [way, f"estimate, computed from an H100: {said}; rough for models far from {MEASURED} billion weights"]
 
 

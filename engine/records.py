@@ -26,7 +26,7 @@ from engine import files, folders, forms, hub, machine
 from helpers import ROOMS, RecipeError, digest, first_line, shown
 
 CODE = Path(__file__).resolve().parent.parent  # where helpers.py lies
-ONLOOKERS = {"architectures", "outlook"}  # they make nothing, and what they decide stands in the settings of records
+ONLOOKERS = {"architectures", "outlook", "trial"}  # they make nothing; what they decide stands in records' settings
 
 
 def path_of(product: str | Path) -> Path:

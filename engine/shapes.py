@@ -124,12 +124,14 @@ def estimate_memory(
     length: int = 0,
     slots: int = 0,
     columns: int = 0,
+    eager: bool = False,
 ) -> dict[str, float]:
     """GiB of GPU memory that a run will need at its peak, part by part, from the model's transformers config.
 
     `r` is the rank of the adapter. Training: rows of `batch_size` texts of `length` tokens, gradient checkpointing,
     loss in chunks. Answering: `slots` answers of `columns` tokens. Measured peaks (benchmarks/RESULTS.md) are met
-    within 7 %; with unsloth, which keeps less, it is an upper bound.
+    within 7 %; with unsloth, which keeps less, it is an upper bound. `eager`: texts are padded, and one layer at a time
+    holds the scores of every token for every other, in 16 bit and in float32 (not measured on a GPU).
     """
     model = empty(config)
     linear = linear_layers(model).values()
@@ -137,6 +139,9 @@ def estimate_memory(
     adapter = r * sum(module.in_features + module.out_features for module in linear)
     adapter += r * sum(len(w) * (w.shape[1] + w.shape[2]) for w in expert_matrices(model).values())
     tokens, layers = batch_size * length, config.num_hidden_layers
+    heads = getattr(config, "num_attention_heads", 1)
+    # Of a score one copy in 16 bit and two in float32; in training three in float32, two of them of gradients.
+    scores = (12 * tokens * length or 10 * slots * columns**2) * (heads if isinstance(heads, int) else max(heads))
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * config.hidden_size
     gib = {
@@ -146,6 +151,7 @@ def estimate_memory(
         "adapter": adapter * (10 if tokens else 2),
         # One hidden state a layer is kept; of one layer at a time five tensors of the MLP are alive.
         "activations": tokens * (2 * layers * config.hidden_size + 5 * 2 * inner),
+        "attention scores": scores if eager else 0,
         "keys and values": 2 * values_per_token(config) * slots * columns,
         # Expanded matrices, a chunk of the loss, a prompt's forward pass, CUDA itself: at the size of 27B.
         "working memory": 3 * 2**30,

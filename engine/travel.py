@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from helpers import RecipeError
 # Names without a folder, so that no file leaves the folder that it is brought to. A pickle of weights is never brought.
 NAME = re.compile(r"(?!pytorch_model|adapter_model\.bin)\w[\w.-]*")
 PATIENCE = 600  # seconds that the next upload, or the end of the run, waits for one that may never end
+PAUSE = 20  # seconds before the last try: a hub that was busy may answer again
 
 
 class Courier:
@@ -32,6 +34,7 @@ class Courier:
         self.api, self.hub_repo, self.what = HfApi(token=token), hub_repo, what
         self.branch, self.folder = f"recipe-{what}", f"{what}/{run[:16]}/"
         self.newest: Mapping[str, Path | bytes] | None = None
+        self.arrived: Mapping[str, Path | bytes] | None = None
         self.thread: threading.Thread | None = None
 
     def open(self) -> list[str]:
@@ -73,27 +76,40 @@ class Courier:
 
         Of several that wait only the newest are sent. What fails is said in one line, and stops nothing.
         """
-        self.newest = files
-        self.thread = threading.Thread(target=self._deliver, args=(files, self.thread), daemon=True)
-        self.thread.start()
+        self._start(files, "the run goes on, and they are sent again with the next ones or at its end")
 
     def wait(self) -> None:
-        """Return when what was sent has arrived or failed, and at the latest after PATIENCE seconds."""
-        if self.thread:
-            self.thread.join(PATIENCE)
-            if self.thread.is_alive():
-                print(f"{self.what} are still on their way to {self.hub_repo}")
+        """Return at the end of a run when what was sent has arrived, and at the latest after PATIENCE seconds.
 
-    def _deliver(self, files: Mapping[str, Path | bytes], before: threading.Thread | None) -> None:
+        What failed is tried once more. If it fails again, a line says what another machine lacks.
+        """
+        if not self.thread:
+            return
+        self.thread.join(PATIENCE)
+        if self.newest is not self.arrived and not self.thread.is_alive():
+            time.sleep(PAUSE)
+            lacking = f"the newest {self.what} are on this machine only: another one would go on from older ones"
+            self._start(self.newest, f"{lacking}, or begin anew")
+            self.thread.join(PATIENCE)
+        if self.thread.is_alive():
+            print(f"{self.what} are still on their way to {self.hub_repo}")
+
+    def _start(self, files: Mapping[str, Path | bytes], if_it_fails: str) -> None:
+        self.newest = files
+        self.thread = threading.Thread(target=self._deliver, args=(files, self.thread, if_it_fails), daemon=True)
+        self.thread.start()
+
+    def _deliver(self, files: Mapping[str, Path | bytes], before: threading.Thread | None, if_it_fails: str) -> None:
         if before:
             before.join(PATIENCE)
         if files is self.newest:
             try:
                 self._upload(files)
+                self.arrived = files
             except Exception as error:
                 if not isinstance(error, RecipeError):
                     error = hub.failure(f"{self.what} cannot be sent to {self.hub_repo}", error)
-                print(f"{error}; the run goes on, and the next ones are sent again")
+                print(f"{error}; {if_it_fails}")
 
     def _upload(self, files: Mapping[str, Path | bytes]) -> None:
         gone = sorted(set(self.look()) - files.keys())

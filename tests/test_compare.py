@@ -69,7 +69,7 @@ def test_a_small_steady_gain_is_told_from_noise_by_pairing(tmp_path, noise):
 def test_a_difference_within_the_noise_is_called_so(tmp_path, noise):
     runs = [finished_run(tmp_path / "a", noise), finished_run(tmp_path / "b", noise[::-1])]
     text = compare(tmp_path, *runs)
-    assert "nothing differs by more than noise explains; judge, chrf: cannot be told from noise." in text
+    assert "nothing differs by more than noise explains; judge, chrf: within noise." in text
     assert "No setting differs." in text
 
 
@@ -89,11 +89,17 @@ def test_everything_is_given_without_the_tasks_that_a_run_has_seen(tmp_path, noi
     assert (clean["tasks"], float(clean["difference_mean"])) == ("37", 0)
 
 
+def judged(differences, direction=1):
+    """The verdict on differences with their own interval."""
+    interval = helpers.mean_interval(differences)
+    return verdict(differences, direction, interval["low"], interval["high"])
+
+
 def test_noise_is_rarely_called_a_difference_even_with_few_tasks():
     """20 tasks, most of them answered alike: a bootstrap interval alone is wrong in more than one of ten here."""
     random = np.random.default_rng(3)
     samples = np.where(random.random((150, 20)) < 0.65, 0, random.normal(size=(150, 20)))
-    alarms = sum(verdict(sample.tolist(), 1) != "cannot be told from noise" for sample in samples)
+    alarms = sum(judged(sample.tolist()) in ("better", "worse") for sample in samples)
     assert alarms <= 150 * 0.08
 
 
@@ -105,12 +111,33 @@ def test_noise_is_rarely_called_a_difference_even_with_few_tasks():
         ([-1.0] * 6, 0, "lower"),
         ([1.0] * 5, 1, "too few tasks to tell"),
         ([], 1, "too few tasks to tell"),
-        ([0.0] * 20, 1, "cannot be told from noise"),
-        ([1.0, -1.0] * 10, 1, "cannot be told from noise"),
+        ([0.0] * 20, 1, "within noise"),
+        ([1.0, -1.0] * 10, 1, "within noise"),
     ],
 )
 def test_verdict(differences, direction, expected):
-    assert verdict(differences, direction) == expected
+    assert judged(differences, direction) == expected
+
+
+def test_interval_and_verdict_do_not_contradict_each_other():
+    """With few tasks the interval leaves out zero more often than the test is sure: then neither is the verdict."""
+    random, unclear = np.random.default_rng(5), 0
+    for _ in range(200):
+        differences = random.choice([0, 0, 0, 1, 4], 12) * random.choice([-1, 1, 1, 1], 12)
+        low, high = (helpers.mean_interval(differences.tolist())[end] for end in ("low", "high"))
+        said = judged(differences.tolist())
+        assert (said in ("better", "worse")) <= (not low <= 0 <= high)
+        assert (said == "within noise") <= (low <= 0 <= high)
+        unclear += said == "unclear (interval and test disagree)"
+    assert 0 < unclear < 100
+
+
+def test_a_test_alone_makes_no_difference_clear():
+    sure = [1.0] * 20
+    assert verdict(sure, 1, 0.5, 1.5) == "better"
+    assert (
+        verdict(sure, 1, -0.1, 1.5) == verdict([1.0, -1.0] * 10, 1, 0.1, 0.5) == "unclear (interval and test disagree)"
+    )
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40))
@@ -191,7 +218,7 @@ def test_any_name_fits_into_table_and_picture(tmp_path, noise, name):
     columns = [line.replace("\\|", "").count("|") for line in rows]
     assert columns == [4] * 3 + [7] * (2 + 4)
     assert r"| 04_rag_inference.style | 2024 | 一 二\|三 |" in rows
-    assert table(tmp_path)[str(runs[1]), "chrf", "all"]["verdict"] == "cannot be told from noise"
+    assert table(tmp_path)[str(runs[1]), "chrf", "all"]["verdict"] == "within noise"
 
 
 def test_a_run_named_twice_is_refused(tmp_path, noise):
@@ -221,6 +248,6 @@ def test_command_line(tmp_path, noise):
     runs = [str(finished_run(tmp_path / name, noise)) for name in "ab"]
     command = [sys.executable, "compare.py", "--out", str(tmp_path / "out")]
     done = subprocess.run([*command, *runs], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "cannot be told from noise" in done.stdout
+    assert "within noise" in done.stdout
     refused = subprocess.run([*command, runs[0]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

@@ -201,6 +201,17 @@ def test_folder_goes_to_a_private_repository_and_an_interrupted_push_goes_on(hub
     assert committed(commit)["README.md"].startswith(b"---\nlicense: gemma")
 
 
+def test_a_folder_of_many_files_is_one_commit(hub, tmp_path):
+    """Also where the hub's client has its newer way to upload, which commits at most 250 files at a time."""
+    for number in range(260):
+        (tmp_path / f"{number}.json").write_text("{}")
+    push = f"helpers.hub.push_folder({str(tmp_path)!r}, 'me/thing', 'hf_x')"
+    done = call(hub, f"import os; os.environ['HF_HUB_DISABLE_XET'] = '0'\n{push}")
+    assert done.returncode == 0, done.stderr
+    (commit,) = hub.commits
+    assert len(committed(commit)) == 260
+
+
 def test_licence_is_read_from_the_card(hub):
     hub.cards = {"a/free": {"license": "apache-2.0"}, "a/share-alike": {"license": ["cc-by-sa-4.0"]}, "a/none": {}}
     done = call(hub, "for name in ('a/free', 'a/free:ja:train'): print(helpers.records.data_source(name))")

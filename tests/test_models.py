@@ -13,6 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_export import save_adapter
 from transformers import (
+    CONFIG_MAPPING,
     AutoTokenizer,
     Gemma2Config,
     Qwen3MoeConfig,
@@ -93,8 +94,11 @@ LONG = {"rope_parameters": LONG, "original_max_position_embeddings": 512, "max_p
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "t5"}, "t5 is not a causal language model"),
-        ({"model_type": "qwen3_vl"}, "qwen3_vl is not a causal language model"),
+        ({"model_type": "t5"}, "t5 models have an encoder and are not causal language models"),
+        (
+            {"model_type": "qwen3_vl"},
+            "qwen3_vl reads more than text, and transformers has no causal language model for the text part",
+        ),
         ({"model_type": "phi3", **LONG}, "it reads at most 512 tokens"),
         ({"model_type": "llama", **LONG_INSIDE}, "it reads at most 512 tokens"),
         ({"model_type": "of 2031"}, "its config.json cannot be used"),
@@ -193,3 +197,24 @@ def test_large_model_without_gpu_is_refused():
         helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=False)
     helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B), gpu=True)
     helpers.models.check_gpu(Gemma2Config(**GEMMA_2_27B | {"num_hidden_layers": 1, "vocab_size": 1000}), gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("qwen3_vl", r"reads more than text, .* for the text part \(qwen3_vl_text\)"),
+        ("qwen2_5_omni_thinker", r"reads more than text, .* for the text part \(qwen2_5_omni_text\)"),
+        ("t5", "models have an encoder"),
+        ("vit", "is not a causal language model"),
+    ],
+)
+def test_why_a_model_is_no_causal_one_is_said(tmp_path, model_type, said):
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=f"{tmp_path}: {model_type} {said}"):
+        helpers.models.text_config(str(tmp_path))
+
+
+def test_a_multimodal_model_need_not_say_whether_embeddings_are_tied(tmp_path, capsys):
+    CONFIG_MAPPING["qwen2_audio"]().save_pretrained(tmp_path)
+    assert helpers.models.text_config(str(tmp_path)).tie_word_embeddings is False
+    assert "the text part of qwen2_audio is used, without its other " in capsys.readouterr().out
