@@ -23,6 +23,7 @@ HOW_TO_GET = (
     "llama.cpp/build --target llama-quantize llama-tokenize llama-server, then --llama-cpp llama.cpp"
 )
 TYPES = ("q4_k_m", "bf16")
+WINDOWS = ("cohere2", "exaone", "gemma", "gpt_oss", "llama4", "olmo3")  # types whose sliding windows llama.cpp knows
 
 
 def find_programs(llama_cpp: str, kind: str) -> list[Path]:
@@ -48,6 +49,15 @@ def check_scale(config: Mapping[str, Any]) -> None:
     scale, width = config.get("query_pre_attn_scalar"), config.get("head_dim")
     if scale not in (None, width, config["hidden_size"] // config["num_attention_heads"]):
         raise RecipeError(f"llama.cpp would scale the attention by {width}, not by query_pre_attn_scalar = {scale}")
+
+
+def context(merged: Path) -> int:
+    """How many tokens a server should read: 4096, or as many as the model's sliding window has if llama.cpp would let
+    it look back beyond that, as it does for Mistral and Phi-3.
+    """
+    config = json.loads(Path(merged, "config.json").read_text(encoding="utf-8"))
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return min(4096, window) if window and not config["model_type"].startswith(WINDOWS) else 4096
 
 
 def vocabulary(base: Mapping[str, Any]) -> Path | None:
@@ -172,7 +182,7 @@ def modelfile(gguf: Path, merged: Path, text_format: str) -> str:
         refusal = f'{{{{ if ne (len .Messages) 1 }}}}{{{{ template "{ONE_QUESTION}" . }}}}{{{{ end }}}}'
         question = "{{ (index .Messages 0).Content }}"
         lines += [f'TEMPLATE """{refusal}{opening}{question}{ending}"""', 'PARAMETER stop "### 質問"']
-    lines.append("PARAMETER num_ctx 4096")
+    lines.append(f"PARAMETER num_ctx {context(merged)}")
     lines.append(f"PARAMETER temperature {settings.get('temperature', 1) if settings.get('do_sample') else 0}")
     lines += [f"PARAMETER {name} {settings[name]}" for name in ("top_k", "top_p", "min_p") if name in settings]
     return "\n".join([*lines, f"PARAMETER repeat_penalty {settings['repetition_penalty']}", ""])
@@ -185,6 +195,6 @@ def commands(run_dir: str | Path, file: Path | None) -> dict[str, str]:
     greedy = "" if settings.get("do_sample") else """ --override-generation-config '{"temperature": 0}'"""
     found = {"vLLM": f"vllm serve {merged} --served-model-name {name} --max-model-len 4096{greedy}"}
     if file:
-        found["llama.cpp"] = f"llama-server -m {file} -c 4096"
+        found["llama.cpp"] = f"llama-server -m {file} -c {context(merged)}"
         found["Ollama"] = f"ollama create {name} -f {file.parent}/Modelfile"
     return found

@@ -243,6 +243,25 @@ def test_a_scale_that_llama_cpp_does_not_know_is_refused():
         gguf.check_scale(gemma | {"query_pre_attn_scalar": 1})
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "tokens"),
+    [
+        ("mistral", {}, 24),
+        ("mistral", {"sliding_window": None}, 4096),
+        ("mistral", {"sliding_window": 8192}, 4096),
+        ("phi3", {}, 24),
+        ("qwen2.5", {"sliding_window": 24, "use_sliding_window": False}, 4096),
+        ("gemma2", {}, 4096),
+        ("gemma3_text", {}, 4096),
+    ],
+)
+def test_a_server_reads_no_further_than_a_window_that_llama_cpp_ignores(family, changes, tokens, tmp_path):
+    merged = exported(tmp_path / "merged", family, **changes)
+    assert gguf.context(merged) == tokens
+    assert gguf.commands(tmp_path, tmp_path / "x.gguf")["llama.cpp"].endswith(f" -c {tokens}")
+    assert f"PARAMETER num_ctx {tokens}\n" in gguf.modelfile(tmp_path / "x.gguf", merged, "2024")
+
+
 def test_a_failed_conversion_is_told_and_leaves_no_file(tmp_path):
     converter = tmp_path / "llama.cpp" / gguf.CONVERTER
     converter.parent.mkdir()
