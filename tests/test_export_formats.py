@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from families import FAMILIES, make_checkpoint
+from families import FAMILIES, gemma_tokenizer, llama2_tokenizer, llama3_tokenizer, llmjp_tokenizer, make_checkpoint
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Phi3Config
 
 import export
@@ -122,14 +124,92 @@ def test_transformers_4_reads_the_same_ids_and_logits():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def ollama_template(lines):
+    return re.findall(r'TEMPLATE """(.*?)"""', lines, flags=re.S)[0]
+
+
 def test_ollama_asks_in_the_words_of_the_training(tmp_path):
     folder = exported(tmp_path / "m", penalty=1.05)
     lines = gguf.modelfile(tmp_path / "x.gguf", folder, "2024")
-    (template,) = re.findall(r'TEMPLATE """(.*?)"""', lines, flags=re.S)
-    assert template.replace("{{ .Prompt }}", "山は？") == helpers.sft_text("山は？", "", "")
+    refusal, template = ollama_template(lines).split("{{ end }}")
+    assert formats.ONE_QUESTION in refusal
+    assert template.replace("{{ (index .Messages 0).Content }}", "山は？") == helpers.sft_text("山は？", "", "")
     assert lines.startswith("FROM ./x.gguf\n")
-    for line in ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1.05", 'PARAMETER stop "### 質問"'):
+    expected = ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1.05", 'PARAMETER stop "### 質問"')
+    for line in (*expected, "PARAMETER num_ctx 4096"):
         assert line in lines.splitlines()
+
+
+# What Ollama does with a template: it holds .Messages, so all of them are given at once.
+RENDER = """package main
+import ("encoding/json"; "fmt"; "os"; "text/template")
+func main() {
+    values := map[string]any{}
+    if err := json.Unmarshal([]byte(os.Args[2]), &values); err != nil { panic(err) }
+    parsed := template.Must(template.New("").Option("missingkey=zero").Parse(os.Args[1]))
+    if err := parsed.Execute(os.Stdout, values); err != nil { fmt.Fprintln(os.Stderr, err); os.Exit(1) }
+}"""
+
+
+@pytest.mark.skipif(not shutil.which("go"), reason="there is no Go")
+def test_go_renders_one_question_and_refuses_more(tmp_path):
+    template = ollama_template(gguf.modelfile(tmp_path / "x.gguf", exported(tmp_path / "m"), "2024"))
+    (tmp_path / "render.go").write_text(RENDER)
+    question = {"Role": "user", "Content": '絵文字😀𠮷\n{{ .System }} と "引用" <b> {% x %}'}
+    answer, system = {"Role": "assistant", "Content": "はい"}, {"Role": "system", "Content": "簡潔に"}
+    for messages in ([question], [question, answer, question], [system, question]):
+        command = ["go", "run", "render.go", template, json.dumps({"Messages": messages})]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        if messages == [question]:
+            assert (done.returncode, done.stdout) == (0, helpers.sft_text(question["Content"], "", ""))
+        else:
+            assert (done.returncode, done.stdout) == (1, "") and formats.ONE_QUESTION in done.stderr
+
+
+TEXTS = ["1 + 1 は？", "日本で一番高い山は\n\n富士山です。  空白", "絵文字😀👨\u200d👩\u200d👧と𠮷 {x}"]
+
+
+@pytest.mark.parametrize(("tokenizer", "front"), [(gemma_tokenizer(), ""), (llama2_tokenizer(), " ")])
+def test_a_vocabulary_for_llama_cpp_joins_as_the_tokenizer_does(tokenizer, front):
+    proto = gguf.sentencepiece_model(json.loads(tokenizer.backend_tokenizer.to_str()))
+    pieces = SentencePieceProcessor(model_proto=proto)
+    for text in TEXTS:
+        assert pieces.encode(front + text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert pieces.is_control(tokenizer.eos_token_id) and pieces.is_byte(tokenizer.convert_tokens_to_ids("<0x41>"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "space"),
+    [(gemma_tokenizer, False), (llama2_tokenizer, False), (llama3_tokenizer, False), (llmjp_tokenizer, True)],
+)
+def test_whether_a_space_stands_behind_a_control_token(tokenizer, space):
+    assert gguf.space_behind_control(tokenizer()) == space
+
+
+def test_the_converter_gets_a_vocabulary_and_is_told_of_the_space(tmp_path):
+    merged, folder = exported(tmp_path / "m", "mistral"), tmp_path / "laid out"
+    folder.mkdir()
+    gguf.lay_out(merged, folder, {"name": str(tmp_path), "commit": ""})
+    assert SentencePieceProcessor(str(folder / "tokenizer.model")).vocab_size() > 1000
+    assert read_json(folder, "tokenizer_config.json")["add_prefix_space"] is False
+    assert read_json(merged, "tokenizer_config.json").get("add_prefix_space") is not False
+    (tmp_path / "tokenizer.model").write_text("the base's own")
+    other = tmp_path / "with it"
+    other.mkdir()
+    gguf.lay_out(merged, other, {"name": str(tmp_path), "commit": ""})
+    assert (other / "tokenizer.model").read_text() == "the base's own"
+
+
+def test_a_file_that_llama_cpp_reads_otherwise_is_refused(tmp_path, capsys):
+    merged = exported(tmp_path / "m", "llama3")
+    gguf.check_ids(tmp_path / "x.gguf", merged, str(tmp_path))
+    assert "x.gguf: its token ids were not compared, which needs" in capsys.readouterr().out
+    reader = tmp_path / gguf.READER
+    reader.parent.mkdir(parents=True)
+    reader.write_text(f"#!{sys.executable}\nprint([1, 2, 3])")
+    reader.chmod(0o755)
+    with pytest.raises(RecipeError, match=r"llama\.cpp reads \[1, 2, 3\] where the training had"):
+        gguf.check_ids(tmp_path / "x.gguf", merged, str(tmp_path))
 
 
 def test_without_llama_cpp_one_line_says_how_to_get_it():
@@ -161,6 +241,25 @@ def test_a_scale_that_llama_cpp_does_not_know_is_refused():
     gguf.check_scale({"hidden_size": 64, "num_attention_heads": 4})
     with pytest.raises(RecipeError, match="not by query_pre_attn_scalar = 1"):
         gguf.check_scale(gemma | {"query_pre_attn_scalar": 1})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "tokens"),
+    [
+        ("mistral", {}, 24),
+        ("mistral", {"sliding_window": None}, 4096),
+        ("mistral", {"sliding_window": 8192}, 4096),
+        ("phi3", {}, 24),
+        ("qwen2.5", {"sliding_window": 24, "use_sliding_window": False}, 4096),
+        ("gemma2", {}, 4096),
+        ("gemma3_text", {}, 4096),
+    ],
+)
+def test_a_server_reads_no_further_than_a_window_that_llama_cpp_ignores(family, changes, tokens, tmp_path):
+    merged = exported(tmp_path / "merged", family, **changes)
+    assert gguf.context(merged) == tokens
+    assert gguf.commands(tmp_path, tmp_path / "x.gguf")["llama.cpp"].endswith(f" -c {tokens}")
+    assert f"PARAMETER num_ctx {tokens}\n" in gguf.modelfile(tmp_path / "x.gguf", merged, "2024")
 
 
 def test_a_failed_conversion_is_told_and_leaves_no_file(tmp_path):
