@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
 
 from helpers import RecipeError
 
@@ -48,6 +49,42 @@ def capped(
     scores = scores.view(*query.shape[:-1], -1).masked_fill(unseen, -torch.inf)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     return torch.matmul(weights.view(*grouped.shape[:-1], -1), value).view(*query.shape[:-1], -1)
+
+
+def in_float32(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in float32 with the mask that the model makes itself, 0 where a token sees; shapes as for `packed`.
+
+    Eager attention rounds its scores to 16 bit, which is coarse where they are large, as without a scaling factor.
+    """
+    refuse_arguments(others)
+    states = (states.float() for states in (query, key, value))
+    result = capped(*states, unseen=attention_mask < 0, scaling=scaling, softcap=softcap)
+    return result.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def reference(model: PreTrainedModel, run: Callable[[], Any]) -> Any:
+    """What `run` returns while the model attends `in_float32`, or by its own attention if that asks for more."""
+    AttentionInterface.register("float32", in_float32)
+    AttentionMaskInterface.register("float32", eager_mask)
+    config = model.config.get_text_config()
+    own, config._attn_implementation = config._attn_implementation, "float32"
+    try:
+        return run()
+    except Exception:  # sinks, or attention without the interface of transformers
+        config._attn_implementation = own
+        return run()
+    finally:
+        config._attn_implementation = own
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:

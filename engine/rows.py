@@ -29,7 +29,8 @@ def problem(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> str:
     config = model.config.get_text_config()
     rows = [torch.tensor([ids[:256]], device=model.device) for ids in texts]
     positions = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
-    alone = [torch.cat(parts, dim=1) for parts in zip(*(scores_and_gradients(model, row) for row in rows), strict=True)]
+    parts = attention.reference(model, lambda: [scores_and_gradients(model, row) for row in rows])
+    alone = [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
 
     def attempt() -> str:
         config._attn_implementation = "examples"

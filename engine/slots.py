@@ -149,11 +149,11 @@ class Decoder:
 def problem(model: Model, prompt: Sequence[int], steps: int = 4) -> str:
     """Why a `Decoder` does not give the model's own scores for the last `steps` tokens of a prompt; "" if it does.
 
-    Long prompts are cut to 1,024 tokens: eager attention holds the scores of all pairs.
+    Long prompts are cut to 1,024 tokens: the reference holds the scores of all pairs.
     """
     ids = torch.tensor([prompt[:1024]], device=model.device)
     with torch.no_grad():
-        expected = model(ids, use_cache=False, logits_to_keep=steps + 1).logits[0]
+        expected = attention.reference(model, lambda: model(ids, use_cache=False, logits_to_keep=steps + 1).logits[0])
 
     def attempt() -> str:
         decoder = Decoder(model, 1, ids.shape[1])

@@ -61,7 +61,8 @@ def machine_arguments(dtype: str, without_padding: bool, evaluate: bool, every: 
         "padding_free": without_padding,
         "pad_to_multiple_of": 128 if fast else None,  # of a whole row: odd lengths slow its matrix products down
         "use_liger_kernel": use_liger,
-        "liger_kernel_config": {"geglu": False} if use_liger else None,  # at this size PyTorch's own is faster
+        # Of an MLP, `lora` is faster; and experts with an adapter are not what Liger's take them for.
+        "liger_kernel_config": {"geglu": False, "swiglu": False} if use_liger else None,
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": every,
         "eval_on_start": evaluate,
@@ -102,26 +103,29 @@ class LossBar(ProgressCallback):
 
 
 def check_loss(trainer: Trainer) -> None:
-    """Give the model its own loss back where that of trl, computed in chunks, fails or is another one for a text.
+    """Give the model its own loss back where that of trl or Liger, in chunks, fails or is another one for a text.
 
-    trl multiplies hidden states with the head itself, and leaves out how some models scale what comes out.
+    They multiply hidden states with the head themselves, and leave out how some models scale what comes out.
     """
-    if getattr(trainer.args, "loss_type", "") != "chunked_nll":
+    model, base = trainer.model, trainer.model.get_base_model()
+    if "forward" not in vars(base):  # theirs would stand in front of the class's
         return
-    model = trainer.model
     ids = torch.tensor([trainer.train_dataset[0]["input_ids"][:256]], device=model.device)
     inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=model.device)[None]}
+    was_training = model.training
+    model.train()  # Liger computes the loss its own way only then
     with torch.no_grad():
-        scores = model(**inputs, use_cache=False).logits[0, :-1].float()
+        scores = type(base).forward(base, **inputs, use_cache=False).logits[0, :-1].float()
         expected = torch.nn.functional.cross_entropy(scores, ids[0, 1:]).item()
         try:
             found = model(**inputs, labels=ids, use_cache=False).loss.item()
-        except Exception:  # trl looks for parts that not every model has
+        except Exception:  # they look for parts that not every model has
             found = math.nan
+    model.train(was_training)
     if not abs(found - expected) <= 0.01 * expected:
-        del model.get_base_model().forward  # trl put its own in front of the class's
+        del base.forward
         trainer.args.loss_type = "nll"
-        print(f"trl's loss in chunks is {found:.3f} where the model's own is {expected:.3f}: its own is used")
+        print(f"the loss in chunks is {found:.3f} where the model's own is {expected:.3f}: its own is used")
 
 
 def prepare(trainer: Trainer) -> None:
