@@ -210,17 +210,17 @@ def check_padding(model: PreTrainedModel, texts: list[list[int]]) -> None:
                 raise RecipeError("it sees the tokens to come")
 
 
-def greedy(model: PreTrainedModel, prompt: list[int], limit: int = 6) -> list[int]:
-    """The plainest answer (token ids): the whole text through the model for every token, no cache, no padding."""
-    ids = torch.tensor([prompt])
+def follows(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> bool:
+    """Whether each token of an answer is the likeliest after all before it: prompt and answer (token ids) are read as
+    one text, without a cache and without padding. `check_padding` has seen that no token depends on those to come.
+    """
     with torch.no_grad():
-        for _ in range(limit):
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    return ids[0, len(prompt) :].tolist()
+        scores = model(torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0]
+    return scores[len(prompt) - 1 :].argmax(-1).tolist() == answer
 
 
 def together(model: PreTrainedModel, prompts: list[list[int]], limit: int = 6) -> list[list[int]]:
-    """The answers of `greedy` with the model's own `generate`, all prompts padded to one length."""
+    """The model's own answers to prompts (token ids), of `limit` tokens each, all prompts padded to one length."""
     plain = decoding.Decoding(len(prompts), LogitsProcessorList(), StoppingCriteriaList(), penalize_prompt=False)
     return decoding.generate_batch(model, prompts, limit, plain)
 
@@ -228,13 +228,13 @@ def together(model: PreTrainedModel, prompts: list[list[int]], limit: int = 6) -
 def answers_agree(model: PreTrainedModel, texts: list[list[int]]) -> bool:
     """Whether prompts (token ids) that are answered together get the answers that each gets alone.
 
-    RecipeError if already alone, with a cache, they are others than those of `greedy`.
+    RecipeError if already alone, with a cache, they are others than without one.
     """
     try:
         alone = [together(model, [text])[0] for text in texts]
     except Exception as error:
         raise RecipeError(f"it does not answer ({first_line(error)})") from None
-    if alone != [greedy(model, text) for text in texts]:
+    if not all(follows(model, text, answer) for text, answer in zip(texts, alone, strict=True)):
         raise RecipeError("with a cache its answers are others than without")
     try:
         return together(model, texts) == alone
