@@ -1,15 +1,15 @@
 """Runs cells in processes forked from this one, which has imported what takes long: so a start costs little.
 
 Reads jobs from standard input, one JSON object per line: `cells` (id and source of each), the `folder` that they write
-to, the `log` for what they print, and when to `kill` the process:
+to, the `log` for what they print, how many `processes` run them together, and when to `kill` the process:
 
     "never"                        it runs to the end
     "after cells"                  again and again, until one gets to the end; each is killed after one cell more than
                                    the one before
     {"file": path, "lines": n}     as soon as the file has so many lines, when the next file is opened: in a cell
 
-Answers each with one JSON line: the `status` of the last process, and the ids of the `cells` after which one was
-killed.
+Tells the `pid` of each process when it starts, a JSON line, and at the end of a job the `status` of its last process
+and the ids of the `cells` after which one was killed.
 """
 
 import importlib
@@ -19,6 +19,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 IMPORTED = ["bitsandbytes", "datasets", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers", "trl"]
 IMPORTED += ["transformers.models.gemma2.modeling_gemma2", "colbert", "matplotlib_fontja"]
@@ -60,9 +61,21 @@ def run_cells(job: dict, start: int) -> None:
             os._exit(FIRST + number)
 
 
-def fork(job: dict, start: int = 0) -> int:
+def run_in_processes(job: dict) -> None:
+    """Run all cells in several processes that know of each other, as torchrun and accelerate start them."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # accelerate would call the CPU of several processes "cpu:0", to which torch cannot load a checkpoint.
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    number, anywhere = job["processes"], {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+    config = LaunchConfig(1, 1, number, run_id="tests", max_restarts=0, start_method="fork", **anywhere)
+    elastic_launch(config, run_cells)(job, 0)
+
+
+def fork(job: dict, answers: TextIO, start: int = 0) -> int:
     """The status with which a forked process ends that runs the cells."""
     if child := os.fork():
+        print(json.dumps({"pid": child}), file=answers, flush=True)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 1
     try:
@@ -71,7 +84,10 @@ def fork(job: dict, start: int = 0) -> int:
                 os.dup2(stream.fileno(), number)
         if isinstance(job["kill"], dict):
             kill_when(**job["kill"])
-        run_cells(job, start)
+        if job["processes"] > 1:
+            run_in_processes(job)
+        else:
+            run_cells(job, start)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -88,7 +104,7 @@ def main() -> None:
     sys.modules["torch"].set_num_threads(1)
     for line in sys.stdin:
         job, killed = json.loads(line), []
-        while (status := fork(job, len(killed) and killed[-1] + 1)) >= FIRST:
+        while (status := fork(job, answers, len(killed) and killed[-1] + 1)) >= FIRST:
             killed.append(status - FIRST)
         answer = {"status": status, "cells": [job["cells"][number][0] for number in killed]}
         print(json.dumps(answer), file=answers, flush=True)
