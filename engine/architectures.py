@@ -43,6 +43,9 @@ class Architecture(NamedTuple):
     batches: bool  # prompts of different lengths are padded and answered together
 
 
+examined: dict[tuple[type[PreTrainedConfig], str], Architecture] = {}
+
+
 def check(config: PreTrainedConfig, engine: str) -> Architecture:
     """Train and ask a tiny random model with the config's architecture, in float32; a line says what it allows.
 
@@ -67,7 +70,14 @@ def check(config: PreTrainedConfig, engine: str) -> Architecture:
 
 
 def examine(config: PreTrainedConfig) -> Architecture:
-    """`check` without its line."""
+    """`check` without its line; a process looks at the same architecture once."""
+    key = type(config), repr(values_of(config))
+    if key not in examined:
+        examined[key] = examine_anew(config)
+    return examined[key]
+
+
+def examine_anew(config: PreTrainedConfig) -> Architecture:
     model = tiny(config)
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
@@ -102,11 +112,15 @@ def tiny(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+def values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a config that describe an architecture."""
+    others = ("model_type", "transformers_version", "architectures", "dtype", "quantization_config")
+    return {name: value for name, value in copy.deepcopy(config).to_dict().items() if name not in others}
+
+
 def tiny_values(config: PreTrainedConfig) -> dict[str, Any]:
     """The values of a config with small sizes: few layers, heads and experts, narrow windows and matrices."""
-    values = copy.deepcopy(config).to_dict()
-    for name in ("model_type", "transformers_version", "architectures", "dtype", "quantization_config"):
-        values.pop(name, None)
+    values = values_of(config)
     sizes = {name: value for name, value in values.items() if type(value) is int}
     values |= {name: min(value, AT_MOST[name]) for name, value in sizes.items() if name in AT_MOST}
     values |= {name: min(value, 96) for name, value in sizes.items() if "intermediate" in name}
