@@ -18,8 +18,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 IMPORTED = ["bitsandbytes", "datasets", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers", "trl"]
 IMPORTED += ["transformers.models.gemma2.modeling_gemma2", "colbert", "matplotlib_fontja"]
@@ -61,39 +62,61 @@ def run_cells(job: dict, start: int) -> None:
             os._exit(FIRST + number)
 
 
-def run_in_processes(job: dict) -> None:
-    """Run all cells in several processes that know of each other, as torchrun and accelerate start them."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # accelerate would call the CPU of several processes "cpu:0", to which torch cannot load a checkpoint.
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    number, anywhere = job["processes"], {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
-    config = LaunchConfig(1, 1, number, run_id="tests", max_restarts=0, start_method="fork", **anywhere)
-    elastic_launch(config, run_cells)(job, 0)
-
-
-def fork(job: dict, answers: TextIO, start: int = 0) -> int:
-    """The status with which a forked process ends that runs the cells."""
-    if child := os.fork():
-        print(json.dumps({"pid": child}), file=answers, flush=True)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def end_with(run: Callable[[], None]) -> NoReturn:
+    """Run this and end the process, without waiting for threads that libraries have started."""
     status = 1
     try:
-        with open(job["log"], "ab") as log, open(os.devnull) as nothing:
-            for number, stream in enumerate((nothing, log, log)):
-                os.dup2(stream.fileno(), number)
-        if isinstance(job["kill"], dict):
-            kill_when(**job["kill"])
-        if job["processes"] > 1:
-            run_in_processes(job)
-        else:
-            run_cells(job, start)
+        run()
         status = 0
+    except SystemExit as end:
+        status = 1 if end.code else 0
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def run_together(job: dict) -> None:
+    """Run all cells in several processes that find each other as torchrun's and accelerate's do."""
+    store = sys.modules["torch"].distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(job["processes"])}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    # accelerate would call the CPU of several processes "cpu:0", to which torch cannot load a checkpoint.
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    running = set()
+    for rank in map(str, range(job["processes"])):
+        if (child := os.fork()) == 0:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            end_with(lambda: run_cells(job, 0))
+        running.add(child)
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if status:  # the others would wait for it
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            raise RuntimeError(f"one of the processes has ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def run_job(job: dict, start: int) -> None:
+    with open(job["log"], "ab") as log, open(os.devnull) as nothing:
+        for number, stream in enumerate((nothing, log, log)):
+            os.dup2(stream.fileno(), number)
+    if isinstance(job["kill"], dict):
+        kill_when(**job["kill"])
+    if job["processes"] > 1:
+        run_together(job)
+    else:
+        run_cells(job, start)
+
+
+def fork(job: dict, answers: TextIO, start: int = 0) -> int:
+    """The status with which a forked process ends that runs the cells."""
+    if (child := os.fork()) == 0:
+        end_with(lambda: run_job(job, start))
+    print(json.dumps({"pid": child}), file=answers, flush=True)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main() -> None:

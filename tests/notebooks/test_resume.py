@@ -21,7 +21,7 @@ TRAIN = {"engine": "transformers", "r": 4, "lora_alpha": 4, "qa_data": "data/sam
 TRAIN |= {"max_seq_length": 64, "max_steps": 6, "warmup_steps": 2, "save_steps": 2, "logging_steps": 1}
 TRAIN |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "wandb_project": ""}
 ANSWER = {"tasks": "data/sample/tasks.jsonl", "qa_data": "data/sample/qa.jsonl", "retriever": "data/tiny/colbert"}
-ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 12}
+ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 8}
 # In bf16 an answer can change with its neighbours, by rounding alone: one at a time.
 ANSWER |= {"model": "data/tiny/gemma2", "adapter": "none", "batch_size": 1}
 
