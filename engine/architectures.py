@@ -43,6 +43,9 @@ class Architecture(NamedTuple):
     batches: bool  # prompts of different lengths are padded and answered together
 
 
+examined: dict[tuple[type[PreTrainedConfig], str], Architecture] = {}
+
+
 def check(config: PreTrainedConfig, engine: str) -> Architecture:
     """Train and ask a tiny random model with the config's architecture, in float32; a line says what it allows.
 
@@ -67,7 +70,14 @@ def check(config: PreTrainedConfig, engine: str) -> Architecture:
 
 
 def examine(config: PreTrainedConfig) -> Architecture:
-    """`check` without its line."""
+    """`check` without its line; a process looks at the same architecture once."""
+    key = type(config), repr(values_of(config))
+    if key not in examined:
+        examined[key] = examine_anew(config)
+    return examined[key]
+
+
+def examine_anew(config: PreTrainedConfig) -> Architecture:
     model = tiny(config)
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
@@ -102,11 +112,15 @@ def tiny(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+def values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a config that describe an architecture."""
+    others = ("model_type", "transformers_version", "architectures", "dtype", "quantization_config")
+    return {name: value for name, value in copy.deepcopy(config).to_dict().items() if name not in others}
+
+
 def tiny_values(config: PreTrainedConfig) -> dict[str, Any]:
     """The values of a config with small sizes: few layers, heads and experts, narrow windows and matrices."""
-    values = copy.deepcopy(config).to_dict()
-    for name in ("model_type", "transformers_version", "architectures", "dtype", "quantization_config"):
-        values.pop(name, None)
+    values = values_of(config)
     sizes = {name: value for name, value in values.items() if type(value) is int}
     values |= {name: min(value, AT_MOST[name]) for name, value in sizes.items() if name in AT_MOST}
     values |= {name: min(value, 96) for name, value in sizes.items() if "intermediate" in name}
@@ -210,17 +224,17 @@ def check_padding(model: PreTrainedModel, texts: list[list[int]]) -> None:
                 raise RecipeError("it sees the tokens to come")
 
 
-def greedy(model: PreTrainedModel, prompt: list[int], limit: int = 6) -> list[int]:
-    """The plainest answer (token ids): the whole text through the model for every token, no cache, no padding."""
-    ids = torch.tensor([prompt])
+def follows(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> bool:
+    """Whether each token of an answer is the likeliest after all before it: prompt and answer (token ids) are read as
+    one text, without a cache and without padding. `check_padding` has seen that no token depends on those to come.
+    """
     with torch.no_grad():
-        for _ in range(limit):
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    return ids[0, len(prompt) :].tolist()
+        scores = model(torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0]
+    return scores[len(prompt) - 1 :].argmax(-1).tolist() == answer
 
 
 def together(model: PreTrainedModel, prompts: list[list[int]], limit: int = 6) -> list[list[int]]:
-    """The answers of `greedy` with the model's own `generate`, all prompts padded to one length."""
+    """The model's own answers to prompts (token ids), of `limit` tokens each, all prompts padded to one length."""
     plain = decoding.Decoding(len(prompts), LogitsProcessorList(), StoppingCriteriaList(), penalize_prompt=False)
     return decoding.generate_batch(model, prompts, limit, plain)
 
@@ -228,13 +242,13 @@ def together(model: PreTrainedModel, prompts: list[list[int]], limit: int = 6) -
 def answers_agree(model: PreTrainedModel, texts: list[list[int]]) -> bool:
     """Whether prompts (token ids) that are answered together get the answers that each gets alone.
 
-    RecipeError if already alone, with a cache, they are others than those of `greedy`.
+    RecipeError if already alone, with a cache, they are others than without one.
     """
     try:
         alone = [together(model, [text])[0] for text in texts]
     except Exception as error:
         raise RecipeError(f"it does not answer ({first_line(error)})") from None
-    if alone != [greedy(model, text) for text in texts]:
+    if not all(follows(model, text, answer) for text, answer in zip(texts, alone, strict=True)):
         raise RecipeError("with a cache its answers are others than without")
     try:
         return together(model, texts) == alone

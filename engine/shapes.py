@@ -12,13 +12,14 @@ import torch
 from peft import LoraConfig
 from peft.utils import transformers_weight_conversion
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from helpers import RecipeError
 
 
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a transformers config without its weights: modules, names and shapes, in a moment."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # to draw numbers that have no place takes longer than all else
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it writes into the config
     model.tie_weights()
     return model

@@ -26,18 +26,42 @@ def pytest_pyfunc_call(pyfuncitem):
     return None
 
 
-def pytest_collection_modifyitems(items):
-    """What lies in tests/notebooks executes notebooks, and nothing else does: `pytest -m "not notebook"`.
+# Those of tests/notebooks that take longest, in this order; the others follow.
+LONGEST = ("test_resume", "test_alone", "test_series", "test_lost", "test_execution", "test_changes", "test_run")
 
-    First come the tests marked `plain_trl`, as long as no test has loaded unsloth, then those that execute notebooks:
-    they are the long ones, and what is left for the end (`--dist worksteal`) shall be short.
-    """
-    items.sort(key=lambda item: (item.get_closest_marker("plain_trl") is None, item.path.parent.name != "notebooks"))
+
+def pytest_collection_modifyitems(config, items):
+    """What lies in tests/notebooks executes notebooks, and nothing else does: `pytest -m "not notebook"`."""
     for item in items:
         if item.path.parent.name == "notebooks":
             item.add_marker("notebook")
         elif "smoke" in item.fixturenames:
             raise pytest.UsageError(f"{item.nodeid} executes notebooks: it belongs into tests/notebooks")
+    items[:] = in_parts(items, getattr(config, "workerinput", {}).get("workercount", 1))
+
+
+def in_parts(items, number):
+    """The tests in the order in which so many workers shall run them; `--dist worksteal` begins with equal parts.
+
+    In each part first come tests marked `plain_trl`, as long as no test has loaded unsloth, then whole files that
+    execute notebooks: so what these share is made once, and what is left for the end, and for stealing, is short.
+    """
+    long = [item for item in items if item.get_closest_marker("notebook")]
+    plain = [item for item in items if item not in long and item.get_closest_marker("plain_trl")]
+    short = [item for item in items if item not in long and item not in plain]
+    parts = [plain[worker::number] for worker in range(number)]
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    paths = sorted(dict.fromkeys(item.path for item in long), key=lambda path: ranks.get(path.stem, len(ranks)))
+    for turn, path in enumerate(paths):  # forth and back: the first worker has the longest file, and then the shortest
+        forth = turn // number % 2 == 0
+        worker = turn % number if forth else number - 1 - turn % number
+        parts[worker] += [item for item in long if item.path == path]
+    for worker in range(number):
+        size = (len(items) - sum(map(len, parts[:worker]))) // (number - worker)
+        more = max(0, size - len(parts[worker]))
+        parts[worker] += short[:more]
+        del short[:more]
+    return [item for part in (*parts, short) for item in part]
 
 
 def run_cell(notebook, cell_id, **values):

@@ -123,6 +123,17 @@ def test_a_checkpointed_row_gives_the_gradients_of_padded_texts(model_type, valu
     assert (found[1] - found[0]).norm() < 1e-3 * found[0].norm()
 
 
+def test_an_answer_follows_if_each_token_is_the_likeliest():
+    """Also the first and the last one, and none after another beginning."""
+    model, prompt = helpers.architectures.tiny(KINDS["gemma2"]()), list(range(3, 40))
+    (answer,) = helpers.architectures.together(model, [prompt])
+    assert len(answer) == 6 and helpers.architectures.follows(model, prompt, answer)
+    assert answer == families.greedy(model, prompt, 6, lambda _, scores: scores, lambda *_: [False], True)
+    for changed in (0, 3, 5):
+        other = [token ^ (index == changed) for index, token in enumerate(answer)]
+        assert not helpers.architectures.follows(model, prompt, other)
+
+
 def test_a_tiny_model_has_every_kind_of_layer_once():
     config = KINDS["gemma3_text"](layer_types=["sliding_attention"] * 5 + ["full_attention"], num_hidden_layers=6)
     model = helpers.architectures.tiny(config)

@@ -1,15 +1,15 @@
 """Runs cells in processes forked from this one, which has imported what takes long: so a start costs little.
 
 Reads jobs from standard input, one JSON object per line: `cells` (id and source of each), the `folder` that they write
-to, the `log` for what they print, and when to `kill` the process:
+to, the `log` for what they print, how many `processes` run them together, and when to `kill` the process:
 
     "never"                        it runs to the end
     "after cells"                  again and again, until one gets to the end; each is killed after one cell more than
                                    the one before
     {"file": path, "lines": n}     as soon as the file has so many lines, when the next file is opened: in a cell
 
-Answers each with one JSON line: the `status` of the last process, and the ids of the `cells` after which one was
-killed.
+Tells the `pid` of each process when it starts, a JSON line, and at the end of a job the `status` of its last process
+and the ids of the `cells` after which one was killed.
 """
 
 import importlib
@@ -18,7 +18,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 IMPORTED = ["bitsandbytes", "datasets", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers", "trl"]
 IMPORTED += ["transformers.models.gemma2.modeling_gemma2", "colbert", "matplotlib_fontja"]
@@ -60,24 +62,61 @@ def run_cells(job: dict, start: int) -> None:
             os._exit(FIRST + number)
 
 
-def fork(job: dict, start: int = 0) -> int:
-    """The status with which a forked process ends that runs the cells."""
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def end_with(run: Callable[[], None]) -> NoReturn:
+    """Run this and end the process, without waiting for threads that libraries have started."""
     status = 1
     try:
-        with open(job["log"], "ab") as log, open(os.devnull) as nothing:
-            for number, stream in enumerate((nothing, log, log)):
-                os.dup2(stream.fileno(), number)
-        if isinstance(job["kill"], dict):
-            kill_when(**job["kill"])
-        run_cells(job, start)
+        run()
         status = 0
+    except SystemExit as end:
+        status = 1 if end.code else 0
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def run_together(job: dict) -> None:
+    """Run all cells in several processes that find each other as torchrun's and accelerate's do."""
+    store = sys.modules["torch"].distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(job["processes"])}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    # accelerate would call the CPU of several processes "cpu:0", to which torch cannot load a checkpoint.
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    running = set()
+    for rank in map(str, range(job["processes"])):
+        if (child := os.fork()) == 0:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            end_with(lambda: run_cells(job, 0))
+        running.add(child)
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if status:  # the others would wait for it
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            raise RuntimeError(f"one of the processes has ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def run_job(job: dict, start: int) -> None:
+    with open(job["log"], "ab") as log, open(os.devnull) as nothing:
+        for number, stream in enumerate((nothing, log, log)):
+            os.dup2(stream.fileno(), number)
+    if isinstance(job["kill"], dict):
+        kill_when(**job["kill"])
+    if job["processes"] > 1:
+        run_together(job)
+    else:
+        run_cells(job, start)
+
+
+def fork(job: dict, answers: TextIO, start: int = 0) -> int:
+    """The status with which a forked process ends that runs the cells."""
+    if (child := os.fork()) == 0:
+        end_with(lambda: run_job(job, start))
+    print(json.dumps({"pid": child}), file=answers, flush=True)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main() -> None:
@@ -88,7 +127,7 @@ def main() -> None:
     sys.modules["torch"].set_num_threads(1)
     for line in sys.stdin:
         job, killed = json.loads(line), []
-        while (status := fork(job, len(killed) and killed[-1] + 1)) >= FIRST:
+        while (status := fork(job, answers, len(killed) and killed[-1] + 1)) >= FIRST:
             killed.append(status - FIRST)
         answer = {"status": status, "cells": [job["cells"][number][0] for number in killed]}
         print(json.dumps(answer), file=answers, flush=True)

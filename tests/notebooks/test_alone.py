@@ -19,10 +19,10 @@ from test_judge import GOOD, serve  # noqa: F401, a fixture
 import helpers
 
 
-@pytest.fixture
-def repository(tmp_path):
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
     """A git repository of the working tree with the tag that the set-up cell asks for; returns its address."""
-    source = tmp_path / "source"
+    source = tmp_path_factory.mktemp("repository") / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "outputs", "models", "__pycache__"))
     git = ["git", "-C", source, "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"], ["tag", "v0.2.0"]):

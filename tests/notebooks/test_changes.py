@@ -3,10 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
+import test_run
 from conftest import ROOT
+from test_run import stop_forks  # noqa: F401, a fixture
 
 SMOKE = "data/runs/smoke.yaml"
 
@@ -25,8 +26,7 @@ def copy(smoke, tmp_path_factory):
 
 
 def run(copy, *arguments):
-    command = [sys.executable, "run.py", SMOKE, *arguments]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    done = test_run.run(copy, SMOKE, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

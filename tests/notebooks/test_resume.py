@@ -1,5 +1,6 @@
 """Notebooks killed in the middle, and notebooks run in two processes, must end like an undisturbed run."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ TRAIN = {"engine": "transformers", "r": 4, "lora_alpha": 4, "qa_data": "data/sam
 TRAIN |= {"max_seq_length": 64, "max_steps": 6, "warmup_steps": 2, "save_steps": 2, "logging_steps": 1}
 TRAIN |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "wandb_project": ""}
 ANSWER = {"tasks": "data/sample/tasks.jsonl", "qa_data": "data/sample/qa.jsonl", "retriever": "data/tiny/colbert"}
-ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 12}
+ANSWER |= {"engine": "transformers", "k": 2, "max_seq_length": 1024, "max_new_tokens": 8}
 # In bf16 an answer can change with its neighbours, by rounding alone: one at a time.
 ANSWER |= {"model": "data/tiny/gemma2", "adapter": "none", "batch_size": 1}
 
@@ -39,26 +40,37 @@ def code(notebook):
     return [(cell.get("id"), cell.source) for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.fixture(scope="module")
-def run():
-    """Runs cells in a forked process (forks.py): `run(cells, folder)` returns what is printed, and the ends."""
+@contextlib.contextmanager
+def forks(**environment):
+    """Gives `run(cells, folder)`, which runs cells in a forked process (forks.py) and returns what is printed and after
+    which cells it was killed; `kill` says when that shall be, or `meanwhile(pid)` does it.
+    """
     command = [sys.executable, Path(__file__).with_name("forks.py")]
-    environment = os.environ | {"MPLBACKEND": "agg"}
+    environment = os.environ | {"MPLBACKEND": "agg"} | environment
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as forks:
+    ) as process:
 
-        def run(cells, folder, kill="never"):
+        def run(cells, folder, kill="never", meanwhile=None, processes=1):
             log = folder.with_suffix(".log")
-            job = {"cells": cells, "folder": str(folder), "log": str(log), "kill": kill}
-            print(json.dumps(job), file=forks.stdin, flush=True)
-            answer = json.loads(forks.stdout.readline())
+            job = {"cells": cells, "folder": str(folder), "log": str(log), "kill": kill, "processes": processes}
+            print(json.dumps(job), file=process.stdin, flush=True)
+            while "status" not in (answer := json.loads(process.stdout.readline())):
+                if meanwhile:
+                    meanwhile(answer["pid"])
             printed = log.read_text(encoding="utf-8")
-            assert answer["status"] == (-signal.SIGKILL if isinstance(kill, dict) else 0), printed[-3000:]
+            shall_be_killed = isinstance(kill, dict) or meanwhile
+            assert answer["status"] == (-signal.SIGKILL if shall_be_killed else 0), printed[-3000:]
             return printed, answer["cells"]
 
         yield run
-        forks.stdin.close()
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def run():
+    with forks() as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -215,15 +227,16 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(run, smoke, tm
     held_out = [[loss for _, loss in report["held_out"]] for report in reports]
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)  # a mean over rows, and over pairs of rows by tokens
 
-    # Two processes go on from the checkpoint in the middle.
+    # Two processes go on from the checkpoint in the middle: forked ones, which accelerate would start alike.
     left_out = shutil.ignore_patterns("checkpoint-4")
     shutil.copytree(two / "checkpoints", resumed / "checkpoints", ignore=left_out)
-    printed = run_in_two("03_sft", resumed, smoke, gradient_accumulation_steps=2, **values)
+    cells = code(prepare("03_sft", resumed, smoke, gradient_accumulation_steps=2, **values))
+    printed, _ = run(cells, resumed, processes=2)
     assert f"from {resumed}/checkpoints/checkpoint-2" in printed
     assert losses(resumed) == losses(two)
 
 
-def test_two_processes_answer_like_one(whole, smoke, tmp_path):
+def test_two_processes_answer_like_one(run, whole, smoke, tmp_path):
     one, two = whole("04_rag_inference"), tmp_path / "two"
     # In the other folder lies a finished run with other settings, in one process.
     two.mkdir()
@@ -231,7 +244,7 @@ def test_two_processes_answer_like_one(whole, smoke, tmp_path):
     (two / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
     for name in ("output.jsonl", "output.jsonl.record.json"):
         shutil.copy(one / name, two)
-    run_in_two("04_rag_inference", two, smoke)
+    run(code(prepare("04_rag_inference", two, smoke)), two, processes=2)
     assert not (two / "answers.jsonl").exists()
     assert len(list(two.glob("answers.*.jsonl"))) == 2
     texts = outputs(two)
