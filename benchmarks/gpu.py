@@ -84,6 +84,8 @@ GEMMA_4_31B = GEMMA_4 | {
     "num_key_value_heads": 16,
     "num_global_key_value_heads": 4,
 }
+LFM_2_1B = {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 12288, "vocab_size": 65536}
+LFM_2_1B |= {"layer_types": ["full_attention" if n in (2, 5, 8, 10, 12, 14) else "conv" for n in range(16)]}
 EXPERTS_30B = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
 EXPERTS_30B |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 PADDED, PACKED, GROUPED = "unsloth, 4 texts", "unsloth, 8 texts, no padding", "unsloth, 8 texts, grouped by length"
@@ -100,7 +102,7 @@ SHAPES = {
     "gemma-4-31b": ("gemma4_text", GEMMA_4_31B, [PACKED, "here, 8 texts"]),
     "qwen3.5-9b": ("qwen3_5_text", {}, [PACKED, "here, 4 texts"]),  # without values: those of transformers
     "ministral3-8b": ("ministral3", {}, [PACKED, "here, 8 texts"]),
-    "lfm2-2.6b": ("lfm2", {}, [PACKED, "here, 8 texts"]),
+    "lfm2-1.2b": ("lfm2", LFM_2_1B, [PACKED, "here, 8 texts"]),
     "gpt-oss-20b, 8 of 24 layers": (
         "gpt_oss",
         {"num_hidden_layers": 8, "num_local_experts": 32},
@@ -151,6 +153,10 @@ def build_checkpoint(folder: Path, config, device: str) -> None:
     for name, module in model.named_modules():
         module.to_empty(device=device, recurse=False)
         model._init_weights(module)
+        if config.model_type == "gemma4_text" and name.endswith("q_norm"):
+            # It divides no scores by the root of a head's width, which trained norms make up for: with norms of 1 the
+            # last bit of a number would decide what a token attends to.
+            module.weight.data.fill_(module.weight.numel() ** -0.5)
         own = {f"{name}.{key}": value for key, value in (*module._parameters.items(), *module._buffers.items())}
         for key, value in own.items():
             if key in names and key not in tied:
@@ -207,7 +213,7 @@ def load_here(folder: str, texts: list[list[int]]):
     set_seed(3407)
     targets = helpers.shapes.lora_targets(config)
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, **targets, task_type="CAUSAL_LM"))
-    return model, tokenizer, helpers.training.machine_arguments("bfloat16", without_padding, False, 0, 1)
+    return model, tokenizer, helpers.training.machine_arguments(model, "bfloat16", without_padding, False, 0)
 
 
 def load_transformers(folder: str, _texts: list[list[int]]):

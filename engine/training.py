@@ -45,14 +45,16 @@ def count_steps(texts: int, texts_per_step: int, epochs: float, max_steps: int, 
     return steps
 
 
-def machine_arguments(dtype: str, without_padding: bool, evaluate: bool, every: int, batch_size: int) -> dict[str, Any]:
+def machine_arguments(
+    model: PreTrainedModel | PeftModel, dtype: str, without_padding: bool, evaluate: bool, every: int
+) -> dict[str, Any]:
     """The arguments of the trainer that follow from the machine: number type, optimizer, kernels, several processes.
 
     With `evaluate` the held-out texts are tried before the training and `every` so many steps.
     """
     gpu = torch.cuda.is_available()
-    use_liger = gpu and without_padding
-    fast = use_liger and dtype == "bfloat16"
+    fast = gpu and without_padding and dtype == "bfloat16"
+    use_liger = gpu and without_padding and has_liger(model)
     return {
         "optim": "adamw_8bit" if gpu else "adamw_torch",
         "bf16": dtype == "bfloat16",
@@ -66,10 +68,16 @@ def machine_arguments(dtype: str, without_padding: bool, evaluate: bool, every: 
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": every,
         "eval_on_start": evaluate,
-        "per_device_eval_batch_size": batch_size,
         "prediction_loss_only": True,
         "ddp_find_unused_parameters": False,  # several processes: every step uses the whole adapter
     }
+
+
+def has_liger(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether Liger has kernels for a model of this type; for others trl computes the loss in chunks."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # needs Triton, so a GPU
+
+    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 # The arguments of the trainer that decide the result: a training goes on only where they are the same. How many texts
@@ -108,7 +116,8 @@ def check_loss(trainer: Trainer) -> None:
     They multiply hidden states with the head themselves, and leave out how some models scale what comes out.
     """
     model, base = trainer.model, trainer.model.get_base_model()
-    if "forward" not in vars(base):  # theirs would stand in front of the class's
+    theirs = trainer.args.use_liger_kernel or getattr(trainer.args, "loss_type", "") == "chunked_nll"
+    if not theirs or "forward" not in vars(base):  # where it would stand in front of the class's
         return
     ids = torch.tensor([trainer.train_dataset[0]["input_ids"][:256]], device=model.device)
     inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=model.device)[None]}
@@ -124,7 +133,7 @@ def check_loss(trainer: Trainer) -> None:
     model.train(was_training)
     if not abs(found - expected) <= 0.01 * expected:
         del base.forward
-        trainer.args.loss_type = "nll"
+        trainer.args.loss_type, trainer.args.use_liger_kernel = "nll", False
         print(f"the loss in chunks is {found:.3f} where the model's own is {expected:.3f}: its own is used")
 
 
@@ -142,7 +151,7 @@ def prepare(trainer: Trainer) -> None:
         rows.balance(trainer)
         if args.neftune_noise_alpha:
             rows.noise_as_with_padding(trainer.model, args.neftune_noise_alpha)
-    if args.use_liger_kernel and args.bf16:
+    if args.padding_free and args.bf16 and trainer.model.device.type == "cuda":
         print("the first row compiles its kernels: up to a minute without progress")
         lora.add_in_place(trainer.model)
         KeptLayers(trainer)

@@ -4,11 +4,8 @@ import families
 import pytest
 import torch
 from torch._inductor.exc import InductorError
-from transformers import (
-    AttentionInterface,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GptOssConfig
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 import helpers
 from helpers import RecipeError
@@ -221,3 +218,47 @@ def test_options_of_other_cards_give_the_outputs_and_gradients_of_text_by_text(
         found.append([result, *torch.autograd.grad(result, (query, key, value), states[3].to(dtype))])
     for expected, here in zip(*found, strict=True):
         assert (here.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("softcap", [None, 50.0])
+def test_the_reference_is_the_attention_of_transformers_with_scores_in_float32(dtype, limit, softcap):
+    """Large scores, as of a model that does not divide them: in 16 bit eager attention is far off, the reference not."""
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, heads, 40, 64, generator=draw).to(dtype) for heads in (4, 2, 2)]
+    position = torch.arange(40)
+    unseen = (position[:, None] < position) | (position[:, None] - position >= 24)
+    mask = torch.zeros(40, 40).masked_fill(unseen, torch.finfo(torch.float32).min)[None, None]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.training = 2, False
+    options = {"scaling": 4.0, "softcap": softcap, "dropout": 0.0}
+    exact, _ = eager_attention_forward(module, *(s.double() for s in states), mask.double(), **options)
+    eager, _ = eager_attention_forward(module, *states, mask.to(dtype), **options)
+    found, _ = helpers.attention.in_float32(module, *states, mask, **options | {"sliding_window": 24})
+    error = ((found - exact).norm() / exact.norm()).item()
+    assert found.dtype == dtype and error < limit
+    if dtype == torch.bfloat16 and softcap is None:
+        assert (eager - exact).norm() > 10 * (found - exact).norm()
+
+
+def test_the_reference_leaves_a_model_as_it_was_and_its_own_attention_to_one_that_asks_for_more():
+    ids, found = torch.arange(2, 42)[None], {}
+    for kind, config in (("gemma2", Gemma2Config), ("gpt-oss", GptOssConfig)):
+        values = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+        values |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "sliding_window": 24}
+        values |= {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "gpt-oss" else {}
+        model = AutoModelForCausalLM.from_config(config(**values), attn_implementation="eager").eval()
+        used = []
+
+        def run(model=model, used=used):
+            used.append(model.config._attn_implementation)
+            with torch.no_grad():
+                return model(ids, use_cache=False).logits
+
+        expected = run()
+        torch.testing.assert_close(helpers.attention.reference(model, run), expected, rtol=1e-4, atol=1e-5)
+        found[kind] = [*used, model.config._attn_implementation]
+    assert found == {
+        "gemma2": ["eager", "float32", "eager"],
+        "gpt-oss": ["eager", "float32", "eager", "eager"],
+    }

@@ -87,7 +87,7 @@ def train_in(dtype, folder, scale=2.0**16, checkpoint=None):
     set_seed(1)
     targets = helpers.shapes.lora_targets(model.config)
     model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **targets))
-    own = helpers.training.machine_arguments(dtype, without_padding, False, 5, 2)
+    own = helpers.training.machine_arguments(model, dtype, without_padding, False, 5)
     assert (own["fp16"], own["bf16"]) == (dtype == "float16", dtype == "bfloat16")
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "max_length": None}
     logs = {"logging_steps": 1, "save_steps": 4, "report_to": "none", "learning_rate": 0.01, "output_dir": str(folder)}
