@@ -454,7 +454,8 @@ def run_all(options: argparse.Namespace) -> None:
     packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     print(f"\n{options.shape}, {machine}, {date.today()}; {versions}\n")
-    print("| setting | real tokens/s | ratio | peak GiB (reserved) | first step, s | losses |\n|---|---|---|---|---|---|")
+    print("| setting | real tokens/s | ratio | peak GiB (reserved) | first step, s | losses |")
+    print("|---|---|---|---|---|---|")
     base = results[0].get("tokens_per_second")
     for row in results:
         if "tokens_per_second" not in row:

@@ -223,7 +223,7 @@ def test_options_of_other_cards_give_the_outputs_and_gradients_of_text_by_text(
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("softcap", [None, 50.0])
 def test_the_reference_is_the_attention_of_transformers_with_scores_in_float32(dtype, limit, softcap):
-    """Large scores, as of a model that does not divide them: in 16 bit eager attention is far off, the reference not."""
+    """Large scores, as of a model that does not divide them: in 16 bit eager attention is far off."""
     draw = torch.Generator().manual_seed(0)
     states = [torch.randn(1, heads, 40, 64, generator=draw).to(dtype) for heads in (4, 2, 2)]
     position = torch.arange(40)
