@@ -97,30 +97,37 @@ class KeptLayers:
         before = torch.cuda.max_memory_allocated()
         self.keep(*self.plan(used))
         gradients = [(parameter.grad, changes(parameter.grad)) for parameter in self.parameters]
-        random_states, hooks = (torch.get_rng_state(), torch.cuda.get_rng_state_all()), []
+        random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         while True:
             try:
-                loss = self.step(model, inputs, *arguments)
+                with unchanged(self.added(gradients)):
+                    loss = self.step(model, inputs, *arguments)
                 break
             except torch.OutOfMemoryError:
                 if not (self.kept + self.remembering and self.alone):
                     raise
-            for hook in hooks:
-                hook.remove()
-            hooks = [parameter.register_hook(torch.zeros_like) for parameter in self.added(gradients)]
             self.margin += 2**30
             self.keep(self.kept // 2, self.remembering if self.kept else self.remembering // 2)
             gc.collect()
             torch.cuda.empty_cache()
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        for hook in hooks:
-            hook.remove()
         peak = torch.cuda.max_memory_allocated()
         if peak > before and self.tokens >= self.rest_tokens:  # so the peak is this row's
             taken = (self.kept * self.layer_bytes + self.remembering * self.result_bytes) * self.tokens
             self.rest_bytes, self.rest_tokens = peak - used - taken, self.tokens
         return loss
+
+
+@contextmanager
+def unchanged(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Within the block backward passes leave the gradients of these parameters as they are."""
+    hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def changes(gradient: torch.Tensor | None) -> int:
