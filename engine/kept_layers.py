@@ -74,7 +74,7 @@ class KeptLayers:
 
     def plan(self, used: int) -> tuple[int, int]:
         """How many layers are kept and how many remember; `used` is what is taken before the row, in bytes."""
-        if self.layer_bytes <= 0:  # the first row measures
+        if self.layer_bytes <= 0 or not self.rest_tokens:  # the first row that is done measures
             return 1, 1
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
         free -= self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)

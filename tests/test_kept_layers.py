@@ -1,5 +1,7 @@
 """Gradient checkpointing in as many layers as memory requires: the same numbers, whatever is kept."""
 
+import itertools
+
 import pytest
 import torch
 from test_lora import adapted, gemma2, randomize_b
@@ -125,6 +127,25 @@ def test_layers_are_kept_as_long_as_memory_lasts(gpu_of_ten_gib):
     for tokens, expected in ((4096, (2, 0)), (5120, (1, 1)), (8192, (0, 2)), (10240, (0, 1)), (16384, (0, 0))):
         kept.tokens = tokens
         assert kept.plan(used=0) == expected
+
+
+def test_a_first_row_that_is_interrupted_is_no_measure_of_the_next(gpu_of_ten_gib, monkeypatch):
+    """Stopped while it compiles, after the kept layer and before the peak are measured."""
+    model = trained_model()
+    trainer = Trainer(model)
+    kept = helpers.kept_layers.KeptLayers(trainer)
+    allocated = itertools.count(2**30, 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.base_model.model.model.layers[0].mlp.register_full_backward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        gradients_of_three_rows(trainer)
+    hook.remove()
+    assert kept.layer_bytes > 0
+    gradients_of_three_rows(trainer)
 
 
 def test_a_training_that_starts_again_still_remembers(gpu_of_ten_gib):
