@@ -79,7 +79,7 @@ class KeptLayers:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used - self.margin
         free -= self.rest_bytes * max(1.0, self.tokens / self.rest_tokens)
         layer, result, count = self.layer_bytes * self.tokens, self.result_bytes * self.tokens, len(self.layers)
-        kept = int(min(max((free - count * result) / (layer - result), 0), count))
+        kept = int(min(max((free - count * result) / max(layer - result, 1.0), 0), count))
         remembering = min(max(free / result, 0), count) if result else count
         return kept, min(int(remembering), count - kept)
 

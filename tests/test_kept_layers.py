@@ -69,6 +69,26 @@ def test_a_row_that_does_not_fit_is_computed_again_and_changes_nothing(gpu_of_te
     torch.testing.assert_close((losses, gradients), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_row_that_is_given_up_when_computed_again_leaves_the_next_its_gradients(gpu_of_ten_gib, error):
+    """Stopped by hand, or out of memory although nothing is kept any more."""
+    model = trained_model()
+    expected = gradients_of_three_rows(Trainer(model))
+    trainer = Trainer(model)
+    kept = helpers.kept_layers.KeptLayers(trainer)
+    kept.plan = lambda used: (1, 0)
+    errors = iter([torch.OutOfMemoryError, error])
+
+    def fail(*_):
+        if error := next(errors, None):
+            raise error
+
+    model.base_model.model.model.layers[0].mlp.register_full_backward_hook(fail)
+    with pytest.raises(error):
+        gradients_of_three_rows(trainer)
+    torch.testing.assert_close(gradients_of_three_rows(trainer), expected, rtol=0, atol=0)
+
+
 def long_row_gradients(trainer):
     """Of rows of 300 tokens, for which `add_in_place` computes the layers."""
     torch.manual_seed(0)
