@@ -34,6 +34,7 @@ def problem(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> str:
 
     def attempt() -> str:
         config._attn_implementation = "examples"
+        train_once(model, torch.cat(rows, dim=1), positions)
         scores, gradients = scores_and_gradients(model, torch.cat(rows, dim=1), positions)
         if not attention.scores_agree(scores, alone[0]):
             return "a row without padding gives other scores than its texts alone"
@@ -46,6 +47,16 @@ def problem(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> str:
         config._attn_implementation = "eager"
         hook.remove()
     return why
+
+
+def train_once(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> None:
+    """A forward pass as in training, where attention may ask for more than in evaluation, such as dropout."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.train()(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        model.train(was_training)
 
 
 def scores_and_gradients(

@@ -19,9 +19,9 @@ logging.set_verbosity_error()
 # By model_type, with the values that transformers gives a config of this class.
 NAMES = """afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v3 diffllama ernie4_5
 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text gemma4_text gemma4_unified_text glm glm4 glm4_moe
-glm4_moe_lite gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hy_v3 hyperclovax jais2 laguna lfm2 llama
+glm4_moe_lite gpt_neox granite granitemoe granitemoeshared helium hy_v3 hyperclovax jais2 laguna lfm2 llama
 mellum minicpm3 minimax_m2 minimax_m3_vl_text ministral3 mistral mixtral modernbert-decoder nanochat olmo olmo2 olmo3
-olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 solar_open stablelm starcoder2
 vaultgemma youtu"""
 PADDED_NAMES = """bloom codegen falcon gpt_neo gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa llama4_text
 mimo_v2_flash minimax mpt olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next xglm"""
