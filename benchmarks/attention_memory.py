@@ -137,13 +137,13 @@ def render(width: int, backward: bool, options: dict) -> str:  # noqa: PLR0915
     newer = () if torch.__version__ < "2.12" else (None, None, None, False)
     mask = (TOKENS, TOKENS, *table, *newer, 128, 128, mask)
     results = [states[0].meta["val"], key.meta["val"], value.meta["val"], ()]
+    given = {"OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False, "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False}
+    given |= {"BLOCKS_ARE_CONTIGUOUS": False, "WRITE_DQ": True} | options
     if backward:
         node = graph.call_function(
-            flex_attention_backward, (*states, cap, slope_of, mask, width**-0.5, options, (), captured)
+            flex_attention_backward, (*states, cap, slope_of, mask, width**-0.5, given, (), captured)
         )
     else:
-        given = {"OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False, "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False}
-        given |= {"BLOCKS_ARE_CONTIGUOUS": False, "WRITE_DQ": True} | options
         node = graph.call_function(flex_attention, (*states, cap, mask, width**-0.5, given, (), captured))
         with fake:
             rows = torch.empty(1, HEADS, TOKENS, dtype=torch.float32, device="cuda")
