@@ -52,6 +52,7 @@ def load(folder: str, engine: str, tiny: bool):
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     dtype = torch.float32 if tiny else torch.bfloat16
     if engine == "unsloth":
+        gpu.helpers.machine.start_engine(engine)
         from unsloth import FastLanguageModel
 
         model, _ = FastLanguageModel.from_pretrained(
