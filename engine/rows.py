@@ -27,15 +27,16 @@ def problem(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> str:
     """Give a model `attention.packed`, or its eager attention back and say why (see `switch_on`)."""
     AttentionInterface.register("examples", attention.packed)
     config = model.config.get_text_config()
-    rows = [torch.tensor([ids[:256]], device=model.device) for ids in texts]
-    positions = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
-    parts = attention.reference(model, lambda: [scores_and_gradients(model, row) for row in rows])
+    single = [torch.tensor([ids[:256]], device=model.device) for ids in texts]
+    row, lengths = torch.cat(single, dim=1), [text.shape[1] for text in single]
+    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])[None]
+    parts = attention.reference(model, lambda: [scores_and_gradients(model, text) for text in single])
     alone = [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
 
     def attempt() -> str:
         config._attn_implementation = "examples"
-        train_once(model, torch.cat(rows, dim=1), positions)
-        scores, gradients = scores_and_gradients(model, torch.cat(rows, dim=1), positions)
+        train_once(model, row, positions)
+        scores, gradients = scores_and_gradients(model, row, positions)
         if not attention.scores_agree(scores, alone[0]):
             return "a row without padding gives other scores than its texts alone"
         if not gradients_agree(gradients, alone[1]):
