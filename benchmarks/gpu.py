@@ -202,7 +202,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def load_here(folder: str, texts: list[list[int]]):
-    """Model, tokenizer and whether texts need no padding, as notebook 3 has them."""
+    """Model, tokenizer and arguments of the trainer, as notebook 3 has them."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -218,7 +218,6 @@ def load_here(folder: str, texts: list[list[int]]):
 
 def load_transformers(folder: str, _texts: list[list[int]]):
     """As the guides of 2024 did: eager attention, padding, and norms, embeddings and head in float32."""
-    import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
@@ -227,13 +226,11 @@ def load_transformers(folder: str, _texts: list[list[int]]):
     set_seed(3407)
     targets = helpers.shapes.lora_targets(helpers.models.text_config(folder))
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, **targets, task_type="CAUSAL_LM"))
-    optimizer = "adamw_8bit" if torch.cuda.is_available() else "adamw_torch"
-    return model, tokenizer, {"loss_type": "nll", "bf16": True, "optim": optimizer}
+    return model, tokenizer, {"loss_type": "nll"}
 
 
 def load_unsloth(folder: str, _texts: list[list[int]]):
     """As notebook 3 does with this engine."""
-    import torch
     from unsloth import FastLanguageModel
 
     options = {"max_seq_length": MAX_LENGTH, "load_in_4bit": True, "use_exact_model_name": True}
@@ -241,8 +238,7 @@ def load_unsloth(folder: str, _texts: list[list[int]]):
     targets = helpers.shapes.lora_targets(helpers.models.text_config(folder))
     options = {"use_gradient_checkpointing": "unsloth", "random_state": 3407}
     model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=64, **targets, **options)
-    optimizer = "adamw_8bit" if torch.cuda.is_available() else "adamw_torch"
-    return model, tokenizer, {"bf16": True, "optim": optimizer}
+    return model, tokenizer, {}
 
 
 LOADERS = {"here": load_here, "transformers": load_transformers, "unsloth": load_unsloth}
@@ -276,8 +272,9 @@ def train(folder: str, name: str, steps: int) -> dict:
     started = time.time()
     vocabulary = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
     texts = random_texts(EXAMPLES_A_STEP * steps, vocabulary, tiny=not cuda)
-    model, tokenizer, machine_arguments = LOADERS[engine](folder, texts[:2])
+    model, tokenizer, its_own = LOADERS[engine](folder, texts[:2])
     load_seconds = time.time() - started
+    machine_arguments = {"use_cpu": not cuda, "bf16": True, "optim": "adamw_8bit" if cuda else "adamw_torch"} | its_own
     machine_arguments |= {"padding_free": True} if "no padding" in options else {}
     machine_arguments |= {"train_sampling_strategy": "group_by_length"} if "grouped by length" in options else {}
     with tempfile.TemporaryDirectory() as output_dir:
@@ -296,7 +293,7 @@ def train(folder: str, name: str, steps: int) -> dict:
             save_strategy="no",
             report_to="none",
             seed=3407,
-            **{"use_cpu": not cuda} | machine_arguments,
+            **machine_arguments,
         )
         trainer = SFTTrainer(
             model=model,
@@ -307,7 +304,7 @@ def train(folder: str, name: str, steps: int) -> dict:
     if engine == "here":
         helpers.training.prepare(trainer)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # trl makes the adapter bf16, in which small updates are rounded away
+        if parameter.requires_grad:  # `prepare` did so for ours: trl makes it bf16, which rounds small updates away
             parameter.data = parameter.data.float()
     times: list[float] = []
 
