@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from engine import hub, lora, machine, shapes
-from helpers import RecipeError, first_line
+from helpers import RecipeError, encode, first_line
 
 Model = PreTrainedModel | PeftModel
 
@@ -232,7 +232,22 @@ def load(
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends), **special)
+    check_numbers(model, tokenizer)
     return model, tokenizer
+
+
+def check_numbers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """RecipeError unless a model's scores of a short text are numbers: its weights are damaged, or it was trained in
+    bfloat16 and computes what float16 cannot hold, as Gemma 3 does.
+    """
+    ids = torch.tensor([encode(tokenizer, "日本で一番高い山は").ids], device=model.device)
+    with torch.no_grad():
+        scores = model(ids, use_cache=False).logits.float()
+    if not scores.logsumexp(-1).isfinite().all():
+        why = "its weights are damaged: fetch them again"
+        if model.dtype == torch.float16:
+            why = "float16 is too small for it: set engine=unsloth, or take a GPU with bfloat16 (L4, A100)"
+        raise RecipeError(f"{model.config._name_or_path} computes no finite numbers: {why}")
 
 
 def load_adapter(model: PreTrainedModel, name: str, revision: str = "") -> PeftModel:

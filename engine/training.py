@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.utils.notebook import NotebookProgressCallback
@@ -69,6 +70,7 @@ def machine_arguments(
         "eval_steps": every,
         "eval_on_start": evaluate,
         "prediction_loss_only": True,
+        "logging_nan_inf_filter": False,  # it would log the mean of the other steps instead
         "ddp_find_unused_parameters": False,  # several processes: every step uses the whole adapter
     }
 
@@ -108,6 +110,31 @@ class LossBar(ProgressCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         pass  # no second bar for the held-out texts
+
+
+class FiniteNumbers(TrainerCallback):
+    """Ends a training whose numbers have overflowed, before a checkpoint holds them.
+
+    In float16 a step may overflow: it is left out. But not two logged losses in a row.
+    """
+
+    before = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        if control.should_save and not all(parameter.isfinite().all() for parameter in trained):
+            raise self.overflow(state.global_step, "weights")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if "loss" in (logs or {}):
+            before, self.before = self.before, math.isfinite(float(logs["loss"]))
+            if not (before or self.before):
+                raise self.overflow(state.global_step, "losses")
+
+    @staticmethod
+    def overflow(step: int, what: str) -> RecipeError:
+        advice = "lower learning_rate, and in float16 take engine=unsloth or a GPU with bfloat16"
+        return RecipeError(f"the {what} at step {step} are no finite numbers: {advice}")
 
 
 def check_loss(trainer: Trainer) -> None:
@@ -159,6 +186,7 @@ def prepare(trainer: Trainer) -> None:
     for callback in (NotebookProgressCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(LossBar)
+    trainer.add_callback(FiniteNumbers)
 
 
 def look_at_batch(trainer: Trainer) -> dict[str, Any]:
@@ -247,7 +275,7 @@ def metrics(trainer: Trainer) -> dict[str, Any]:
     """
     history, step = trainer.state.log_history, trainer.state.global_step
     curve = [[entry["step"], float(entry["loss"])] for entry in history if "loss" in entry]
-    losses = [loss for _, loss in curve]
+    losses = [loss for _, loss in curve if math.isfinite(loss)]
     held_out = list({e["step"]: round(e["eval_loss"], 4) for e in history if "eval_loss" in e}.items())
     tenth = max(1, len(losses) // 10)
     tokens = sum(map(len, trainer.train_dataset["input_ids"]))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 from functools import partial
@@ -74,6 +75,18 @@ def test_a_model_without_one_of_its_tensors_stops_the_run(tmp_path):
     without_a_tensor(ROOT / "data/tiny/gemma2", tmp_path / "model")
     with pytest.raises(RecipeError, match=r"model: 1 tensors are missing, such as model\."):
         helpers.models.load(str(tmp_path / "model"), "transformers", max_seq_length=64)
+
+
+@pytest.mark.parametrize(("dtype", "why"), [("bfloat16", "weights are damaged"), ("float16", "too small for it")])
+def test_a_model_that_computes_no_finite_numbers_stops_the_run(tmp_path, dtype, why):
+    """Gemma 3's numbers are beyond what float16 holds; all answers would be the first token of the vocabulary."""
+    shutil.copytree(ROOT / "data/tiny/gemma2", tmp_path / "model", ignore=shutil.ignore_patterns("record.json"))
+    (file,) = (tmp_path / "model").glob("*model.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(math.inf)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=f"model computes no finite numbers: .*{why}"):
+        helpers.models.load(str(tmp_path / "model"), "transformers", max_seq_length=64, dtype=dtype)
 
 
 def test_an_adapter_without_one_of_its_tensors_stops_the_run(quantized, tmp_path):

@@ -1,5 +1,6 @@
 """Section 4 of helpers.py: training texts, chat template, resuming."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +122,20 @@ def test_steps_that_overflow_in_float16_are_left_out_and_a_checkpoint_holds_the_
     checkpoint = tmp_path / "whole/checkpoint-4"
     assert torch.load(checkpoint / "scaler.pt", weights_only=True)["scale"] < 2.0**20
     assert train_in("float16", tmp_path / "again", 2.0**20, str(checkpoint))[0] == losses
+
+
+def test_a_training_whose_numbers_overflow_ends_before_a_checkpoint_holds_them():
+    from transformers import TrainerControl, TrainerState
+
+    model, state, control = torch.nn.Linear(2, 2), TrainerState(global_step=7), TrainerControl(should_save=True)
+    guard = helpers.training.FiniteNumbers()
+    guard.on_step_end(None, state, control, model=model)
+    for loss in (2.0, math.nan, 1.5, math.inf):  # one in a row: float16 leaves such a step out
+        guard.on_log(None, state, control, logs={"loss": loss})
+    guard.on_log(None, state, control, logs={"eval_loss": 1.0})
+    with pytest.raises(helpers.RecipeError, match="losses at step 7 are no finite numbers: lower learning_rate"):
+        guard.on_log(None, state, control, logs={"loss": math.nan})
+    model.weight.data[0, 0] = math.nan
+    guard.on_step_end(None, state, TrainerControl(), model=model)
+    with pytest.raises(helpers.RecipeError, match="weights at step 7"):
+        guard.on_step_end(None, state, control, model=model)
