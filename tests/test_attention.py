@@ -75,8 +75,10 @@ def test_rounding_in_16_bit_is_told_from_a_wrong_mask(tmp_path):
     """A row in which the second text sees the first gives other scores only at the second text's first tokens."""
     checkpoint = families.make_checkpoint("mistral", tmp_path)
     model, tokenizer = helpers.models.load(str(checkpoint), "transformers", max_seq_length=512)
-    texts = [torch.tensor([helpers.encode(tokenizer, prompt).ids[:200]]) for prompt in families.PROMPTS[:2]]
-    row, positions = torch.cat(texts, dim=1), torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    texts = [helpers.encode(tokenizer, prompt).ids[:200] for prompt in families.PROMPTS[:2]]
+    texts = [torch.tensor([ids], device=model.device) for ids in texts]
+    row = torch.cat(texts, dim=1)
+    positions = torch.cat([torch.arange(len(text[0]), device=model.device) for text in texts])[None]
     with torch.no_grad():
         alone = torch.cat([model(text).logits for text in texts], dim=1)
         mixed = model(row, attention_mask=torch.ones_like(row), position_ids=positions).logits
