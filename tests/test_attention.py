@@ -207,7 +207,7 @@ def test_options_of_other_cards_give_the_outputs_and_gradients_of_text_by_text(
     monkeypatch, heads, key_heads, width, softcap, card
 ):
     """Forced on this GPU, in bfloat16, against float32."""
-    torch._dynamo.reset()  # after eight kernels of one function torch would no longer compile it, here and in other tests
+    torch._dynamo.reset()  # after eight kernels of one function torch would compile it no longer
     helpers.attention.compiled.cache_clear()
     options = helpers.attention.kernel_options(width, card)
     monkeypatch.setattr(helpers.attention, "kernel_options", lambda *_: options)
