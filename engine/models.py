@@ -246,7 +246,7 @@ def check_numbers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if not scores.logsumexp(-1).isfinite().all():
         why = "its weights are damaged: fetch them again"
         if model.dtype == torch.float16:
-            why = "float16 is too small for it: set engine=unsloth, or take a GPU with bfloat16 (L4, A100)"
+            why = "float16 is too small for it: take a GPU with bfloat16 (L4, A100)"
         raise RecipeError(f"{model.config._name_or_path} computes no finite numbers: {why}")
 
 

@@ -118,7 +118,7 @@ class FiniteNumbers(TrainerCallback):
     In float16 a step may overflow: it is left out. But not two logged losses in a row.
     """
 
-    before = True
+    last_loss_was_finite = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -127,13 +127,14 @@ class FiniteNumbers(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if "loss" in (logs or {}):
-            before, self.before = self.before, math.isfinite(float(logs["loss"]))
-            if not (before or self.before):
+            finite = math.isfinite(float(logs["loss"]))
+            if not finite and not self.last_loss_was_finite:
                 raise self.overflow(state.global_step, "losses")
+            self.last_loss_was_finite = finite
 
     @staticmethod
     def overflow(step: int, what: str) -> RecipeError:
-        advice = "lower learning_rate, and in float16 take engine=unsloth or a GPU with bfloat16"
+        advice = "lower learning_rate, or in float16 take a GPU with bfloat16"
         return RecipeError(f"the {what} at step {step} are no finite numbers: {advice}")
 
 

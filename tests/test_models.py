@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -59,20 +60,22 @@ def test_full_size_model_without_a_gpu(tmp_path):
         helpers.models.load(str(tmp_path), "transformers", max_seq_length=64)
 
 
-def without_a_tensor(source: Path, target: Path) -> str:
-    """A copy of a folder whose weights lack the last tensor; returns that tensor's name."""
+def copy_with(source: Path, target: Path, change: Callable[[dict], object]) -> None:
+    """A copy of a folder whose tensors were changed."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("record.json"))
     (path,) = target.glob("*model.safetensors")
     tensors = load_file(path)
-    name = sorted(tensors)[-1]
-    del tensors[name]
+    change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-    return name
+
+
+def lose_a_tensor(tensors: dict) -> None:
+    del tensors[max(tensors)]
 
 
 def test_a_model_without_one_of_its_tensors_stops_the_run(tmp_path):
     """transformers would fill it with random numbers and go on."""
-    without_a_tensor(ROOT / "data/tiny/gemma2", tmp_path / "model")
+    copy_with(ROOT / "data/tiny/gemma2", tmp_path / "model", lose_a_tensor)
     with pytest.raises(RecipeError, match=r"model: 1 tensors are missing, such as model\."):
         helpers.models.load(str(tmp_path / "model"), "transformers", max_seq_length=64)
 
@@ -80,18 +83,15 @@ def test_a_model_without_one_of_its_tensors_stops_the_run(tmp_path):
 @pytest.mark.parametrize(("dtype", "why"), [("bfloat16", "weights are damaged"), ("float16", "too small for it")])
 def test_a_model_that_computes_no_finite_numbers_stops_the_run(tmp_path, dtype, why):
     """Gemma 3's numbers are beyond what float16 holds; all answers would be the first token of the vocabulary."""
-    shutil.copytree(ROOT / "data/tiny/gemma2", tmp_path / "model", ignore=shutil.ignore_patterns("record.json"))
-    (file,) = (tmp_path / "model").glob("*model.safetensors")
-    tensors = load_file(file)
-    tensors["model.layers.0.mlp.down_proj.weight"].fill_(math.inf)
-    save_file(tensors, file, metadata={"format": "pt"})
+    overflow = lambda tensors: tensors["model.layers.0.mlp.down_proj.weight"].fill_(math.inf)  # noqa: E731
+    copy_with(ROOT / "data/tiny/gemma2", tmp_path / "model", overflow)
     with pytest.raises(RecipeError, match=f"model computes no finite numbers: .*{why}"):
         helpers.models.load(str(tmp_path / "model"), "transformers", max_seq_length=64, dtype=dtype)
 
 
 def test_an_adapter_without_one_of_its_tensors_stops_the_run(quantized, tmp_path):
     adapter = save_adapter(quantized, tmp_path / "whole")
-    without_a_tensor(adapter, tmp_path / "adapter")
+    copy_with(adapter, tmp_path / "adapter", lose_a_tensor)
     load = partial(helpers.models.load, str(quantized), "transformers", max_seq_length=64)
     with pytest.raises(RecipeError, match=r"adapter: 1 of its tensors are missing"):
         helpers.models.load_adapter(load()[0], str(tmp_path / "adapter"))

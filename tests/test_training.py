@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_lora import gemma2
-from transformers import Gemma2Config, Gemma2ForCausalLM, set_seed
+from transformers import Gemma2Config, Gemma2ForCausalLM, TrainerControl, TrainerState, set_seed
 from transformers.integrations.neftune import activate_neftune
 from trl import SFTConfig, SFTTrainer
 
@@ -125,8 +125,6 @@ def test_steps_that_overflow_in_float16_are_left_out_and_a_checkpoint_holds_the_
 
 
 def test_a_training_whose_numbers_overflow_ends_before_a_checkpoint_holds_them():
-    from transformers import TrainerControl, TrainerState
-
     model, state, control = torch.nn.Linear(2, 2), TrainerState(global_step=7), TrainerControl(should_save=True)
     guard = helpers.training.FiniteNumbers()
     guard.on_step_end(None, state, control, model=model)
