@@ -12,6 +12,7 @@ Tells the `pid` of each process when it starts, a JSON line, and at the end of a
 and the ids of the `cells` after which one was killed.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ from typing import NoReturn, TextIO
 IMPORTED = ["bitsandbytes", "datasets", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers", "trl"]
 IMPORTED += ["transformers.models.gemma2.modeling_gemma2", "colbert", "matplotlib_fontja"]
 FIRST = 100  # exit status of a process that was killed after the first cell
+HANGS = 600  # seconds after which a process ends that has not yet, and shows in its log where it stands
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -54,6 +56,7 @@ def run_cells(job: dict, start: int) -> None:
     It is the first after which the folder holds something else than before the start. After the cells before it a new
     process would find what this one has found, and do the same.
     """
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     folder = Path(job["folder"])
     found, scope = contents(folder), {"__name__": "__main__"}
     for number, (name, code) in enumerate(job["cells"]):
