@@ -233,9 +233,9 @@ def load_unsloth(folder: str, _texts: list[list[int]]):
     """As notebook 3 does with this engine."""
     from unsloth import FastLanguageModel
 
+    targets = helpers.shapes.lora_targets(helpers.models.text_config(folder))  # before unsloth changes the model's code
     options = {"max_seq_length": MAX_LENGTH, "load_in_4bit": True, "use_exact_model_name": True}
     model, tokenizer = FastLanguageModel.from_pretrained(folder, **options)
-    targets = helpers.shapes.lora_targets(helpers.models.text_config(folder))
     options = {"use_gradient_checkpointing": "unsloth", "random_state": 3407}
     model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=64, **targets, **options)
     return model, tokenizer, {}

@@ -153,6 +153,9 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
     if trainer.eval_dataset:
         trainer.evaluate()
     config.use_cache = True
+    # DistributedDataParallel first: as the last to let go of the processes' connections it may wait for itself forever.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         sys.exit()

@@ -216,6 +216,14 @@ def run_in_two(name, output_dir, smoke, **values):
     return done.stdout
 
 
+# The first of two processes runs this after training: what averaged the gradients would deadlock if it went last of all.
+WITHOUT_REDUCER = """
+import gc, torch
+kind = torch.nn.parallel.DistributedDataParallel
+assert not any(issubclass(type(thing), kind) for thing in gc.get_objects())
+"""
+
+
 def test_two_processes_train_like_one_with_twice_the_accumulation(run, smoke, tmp_path):
     one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
     values = {"neftune_noise_alpha": 0, "max_steps": 4, "eval_share": 0.045}  # 8 texts
@@ -231,7 +239,7 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(run, smoke, tm
     left_out = shutil.ignore_patterns("checkpoint-4")
     shutil.copytree(two / "checkpoints", resumed / "checkpoints", ignore=left_out)
     cells = code(prepare("03_sft", resumed, smoke, gradient_accumulation_steps=2, **values))
-    printed, _ = run(cells, resumed, processes=2)
+    printed, _ = run([*cells, ("gone", WITHOUT_REDUCER)], resumed, processes=2)
     assert f"from {resumed}/checkpoints/checkpoint-2" in printed
     assert losses(resumed) == losses(two)
 
