@@ -216,7 +216,7 @@ def run_in_two(name, output_dir, smoke, **values):
     return done.stdout
 
 
-# The first of two processes runs this after training: what averaged the gradients would deadlock if it went last of all.
+# The first of two processes runs this after training: what averaged the gradients could deadlock if it went last.
 WITHOUT_REDUCER = """
 import gc, torch
 kind = torch.nn.parallel.DistributedDataParallel
