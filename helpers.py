@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, groupby, islice
 from numbers import Number
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,9 +81,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 1. Rows
-# --------------------------------------------------------------------------------------------------------------------
+# --- 1. Rows --------------------------------------------------------------------------------------------------------
 
 # The forms of rows. The texts stand in a list of turns (with role and content, or other names for them), or the
 # question, further text that belongs to it, and the answer stand in columns of their own. The names in MORE_ say less:
@@ -232,9 +230,7 @@ def show(table: Any, longest: int = 200) -> Any:
     return table.style.format(escape="html", precision=3).set_table_styles(left)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 2. Filter
-# --------------------------------------------------------------------------------------------------------------------
+# --- 2. Filter ------------------------------------------------------------------------------------------------------
 
 # What can be wrong with a row, in the order in which it is asked.
 REASONS = (
@@ -293,7 +289,7 @@ class FilterRules:
 # kanji drawn as radicals or for compatibility, ligatures, letters as mathematical signs.
 LOOKS = dict.fromkeys((0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F), " ")
 LOOKS |= {0xF06C: "●", 0xF06E: "■", 0xF0A7: "■", 0xF0B7: "・"}  # bullets of Word's symbol fonts
-LOOKS |= {0x2010: "-", 0x2011: "-", 0x2028: "\n", 0x2029: "\n", 0xAD: "", 0x20E3: "", 0xFEFF: ""}
+LOOKS |= {0xB5: "μ", 0x2010: "-", 0x2011: "-", 0x2028: "\n", 0x2029: "\n", 0xAD: "", 0x20E3: "", 0xFEFF: ""}
 for start, end in ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF)):
     LOOKS |= dict.fromkeys(range(start, end + 1), "")
 for code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFADA), *range(0xFB00, 0xFB07), *range(0x1D400, 0x1D800)):
@@ -312,7 +308,8 @@ def is_japanese(character: str) -> bool:
         return not "Ѐ" <= character <= "ӿ"
     jis, category = len(character.encode("euc_jis_2004", "ignore")) > 1, unicodedata.category(character)
     if category[0] == "L":
-        return (jis and category == "Lo") or "À" <= character <= "ÿ" or "\u2070" <= character <= "\u2138"
+        western = "À" <= character <= "ÿ" or character in "Œœ"
+        return western or (jis and category == "Lo") or "\u2070" <= character <= "\u2138"
     if category == "So":  # of pictures only those that the standard knows
         return jis or ("\u2190" <= character <= "\u25ff" and unicodedata.east_asian_width(character) != "W")
     common = any(low <= character <= high for low, high in ("\xa0÷", "\u2000\u2bff", "\u3000\u33ff", "︰\uffef"))
@@ -445,27 +442,39 @@ def _shown(character: str) -> str:
 
 
 def repeated_text(text: str) -> str:
-    """What a text repeats: a piece four times in a row (`has_loop`), or a sentence or line four times in all that makes
-    up a third of the text, whatever number or bullet stands before it; or "".
+    """What a text repeats, or "": a piece four times in a row (`has_loop`); a line or sentence three times in a row, or
+    four times in all and a third of the text, whatever number or bullet stands before it; words between commas four
+    times in a row; a few characters six times at the end. Or at least half of its lines and sentences are repetitions.
     """
     for start in range(0, len(text) - 30, 20):  # a loop holds one of these pieces twice
         again = text.find(text[start : start + 10], start + 1, start + 110)
         piece = text[start:again] if again > 0 else ""
         if any(map(str.isalnum, piece)) and 3 * piece in text and has_loop(text[max(0, start - 400) : start + 500]):
             return piece
-    parts = [part.strip(_MARKERS) for part in text.replace("。", "\n").split("\n")]
-    if len(parts) - len(set(parts)) > 2:
+    parts = [part for line in text.replace("。", "\n").split("\n") if (part := line.strip(_MARKERS))]
+    if len(different := set(parts)) < len(parts) - 1:
         for part, times in Counter(parts).most_common(2):
             if times > 3 and 3 * times * len(part) > len(text) and sum(map(str.isalpha, part)) > 2:
                 return part
-    return ""
+        if len(parts) > 7 and 2 * len(different) <= len(parts):
+            return parts[-1]
+    end, words = text.rstrip("。、！？!? \n"), re.split("[。、\n]", text)
+    for pieces, times, shortest in ((parts, 3, 8), (words, 4, 2)):
+        for part, run in groupby(pieces) if len(pieces) - len(set(pieces)) >= times - 1 else ():
+            if len(part) >= shortest and any(map(str.isalpha, part)) and len(list(run)) >= times:
+                return part
+    return next((end[-n:] for n in range(2, 9) if end[-n:].isalpha() and end.endswith(6 * end[-n:])), "")
 
 
 def repeats_question(texts: Mapping[str, str]) -> bool:
-    """Whether the first answer is the question or holds it as a whole, to its end mark; a part is restated rightly."""
-    question, answer = texts["instruction"].strip(), texts["response"]
+    """Whether the first answer is the question, or holds it as a whole: to its end mark, or as its first line. A part
+    of it may be restated.
+    """
+    question, answer = texts["instruction"].strip(), texts["response"].strip()
     whole = len(question) >= 8 and question[-1] in "。？?" and question in answer
-    return whole or re.sub(r"[\W_]", "", question) == re.sub(r"[\W_]", "", answer[: 2 * len(question)])
+    first = answer.partition("\n")[0] if len(question) >= 8 else answer
+    bare = [re.sub(r"[\W_]", "", text) for text in (question, answer[: 2 * len(question)], first[: 2 * len(question)])]
+    return whole or bare[0] in bare[1:]
 
 
 def japanese_by_script(text: str) -> bool:
@@ -648,9 +657,7 @@ def filter_counts(rules: FilterRules, rows_in: int, rows_kept: int, reasons: Map
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 3. Fine-tune
-# --------------------------------------------------------------------------------------------------------------------
+# --- 3. Fine-tune ---------------------------------------------------------------------------------------------------
 
 # The training prompt of 2024 (`alpaca_prompt_jp`): first the question, then the answer.
 SFT_PROMPT = """
@@ -753,9 +760,7 @@ def cut_examples(examples: Sequence[Example], longest: int) -> tuple[list[dict[s
     return rows, changed
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 4. Answer
-# --------------------------------------------------------------------------------------------------------------------
+# --- 4. Answer ------------------------------------------------------------------------------------------------------
 
 # The inference prompt of 2024. There is no newline between INSTRUCTION and the last "### 質問:".
 OPENING = "質問・文章をよく読んで、正確で親切な回答を書きなさい。\n"
@@ -825,9 +830,7 @@ def clean_answer(text: str) -> str:
     return text.split("### 質問", maxsplit=1)[0].strip()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 5. Score
-# --------------------------------------------------------------------------------------------------------------------
+# --- 5. Score -------------------------------------------------------------------------------------------------------
 
 # What a score means, and its better direction: 1 higher, -1 lower, 0 neither.
 MEASURES = {
@@ -972,9 +975,7 @@ def digest_tasks(tasks: Iterable[Mapping[str, Any]]) -> str:
     return digest([[task["task_id"], task["input"], reference_of(task)] for task in tasks])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 6. The door to the rooms
-# --------------------------------------------------------------------------------------------------------------------
+# --- 6. The door to the rooms ---------------------------------------------------------------------------------------
 
 ROOMS = ("answers", "architectures", "attention", "chat", "checkpoints", "decoding", "files", "folders", "formats")
 ROOMS += ("forms", "gguf", "hub", "judge", "kept_layers", "likelihood", "lora", "machine", "models", "outlook")

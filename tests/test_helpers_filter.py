@@ -552,21 +552,39 @@ CAUGHT = {
         "<｜end▁of▁sentence｜>",
         "<unused7>",
     ],
-    "role marker": ["\n### Response:\n", "\nUser: もう一つ", "\nアシスタント：", "assistantfinal"],
-    "foreign words": ["とmuy divertido y lleno", "\n\nThe weather is fine today.", "très bienです"],
-    "Chinese": ["所以，冬天很美", "因此、", "以上就是四季的特色。", "我們去公園。"],
+    "role marker": [
+        "\n### Response:\n",
+        "\nUser: もう一つ",
+        "\nアシスタント：",
+        "assistantfinal",
+        "\n人間：夏は？\nAI：海です。",
+    ],
+    "foreign words": [
+        "とmuy divertido y lleno",
+        "\n\nThe weather is fine today.",
+        "très bienです",
+        "海で dengan 遊びます。",
+        "planをmakeします。",
+    ],
+    "Chinese": ["所以，冬天很美", "因此、", "以上就是四季的特色。", "我們去公園。", "人人不同自行注意。"],
     "code": ["\n```python", "\nimport numpy as np"],
     "JSON": ['{"name": 1}'],
-    "HTML": ["<ul><li>桜", "&nbsp;"],
-    "address": ["www.example.co.jp", "info@example.com", "03-0000-0000", "https://a"],
+    "HTML": ["<ul><li>桜", "&nbsp;", "<blockquote>"],
+    "address": ["www.example.co.jp", "info@example.com", "03-0000-0000", "https://a", "@hanako_88", "youtu.be/a1b2c3"],
     "broken encoding": ["譁蟄怜喧縺代〒縺吶", "?????", "\\u65e5\\u672c", "ã“ã‚"],
-    "self-mention of an AI": ["私はOpenAIによって開発されました。", "AIとして、私は", "私の知識は2021年までです。"],
-    "refusal": ["その質問にはお答えできません。", "I'm sorry, but"],
-    "placeholder": ["[ここに回答を入力]", "（以下略）", "{{answer}}"],
+    "self-mention of an AI": [
+        "私はOpenAIによって開発されました。",
+        "AIとして、私は",
+        "私の知識は2021年までです。",
+        "私はAIなので",
+    ],
+    "refusal": ["その質問にはお答えできません。", "I'm sorry, but", "個人情報は提供できません。"],
+    "placeholder": ["[ここに回答を入力]", "（以下略）", "{{answer}}", "担当は【氏名】です。", "〇月〇日です。"],
     "about the answer itself": ["以下は日本語の回答です：", "この回答はモデルによって生成されました。"],
     "cut off": [
         "\n秋には紅葉狩りに出かけるのがおすすめで、とくに京都の",
         "\n春には花を見に出かけ、夏には海や山で遊び、",
+        "\n1. 花見\n2. ",
     ],
 }
 
@@ -587,6 +605,8 @@ GOOD = [
     "ChatGPTはOpenAIが開発した対話型のAIです。AIとして知られる技術には機械学習があります。",
     "春が来た 春が来た どこに来た\n山に来た 里に来た 野にも来た\n花が咲く 花が咲く どこに咲く",
     "わははははははははは、と笑いました。すもももももももものうちです。",
+    "この web サイトはsinとcosの値、1日のkcal、blogの書き方、「dengan」のような語を説明します。",
+    "これで時間も費用も節約できます。一石二鳥。大切なのは続けること、そして楽しむこと",
     "São PauloやBeyoncé、 café を知っています。ASP.NETやNode.jsも使います。",
 ]
 
@@ -610,6 +630,10 @@ def test_rules_about_requests_look_at_turns_of_the_user_alone(tmp_path):
         ("春は楽しいです。" * 8, True),
         ("\n".join(f"{n}. 公園で桜の花を見る" for n in range(1, 9)), True),
         ("朝食は大切です。栄養があるからです。" * 5, True),
+        ("体を動かすと、よく眠れます。" * 3, True),
+        ("東京、大阪、" + "横浜、" * 4, True),
+        ("これで終わりです" * 6, True),
+        ("\n".join(f"{n}. {'桃梨柿栗'[n % 4]}の実" for n in range(16)), True),
         ("\n".join(f"3×{n}={3 * n}" for n in range(1, 10)), False),
         ("|---|---|---|---|---|---|---|---|---|---|---|---|---|\n" * 2, False),
         ("雨が降る　雨が降る\nしとしとと　屋根を打つ\n\n雨が降る　雨が降る\n僕は窓から　街を見る", False),
@@ -623,7 +647,11 @@ def test_loops(tmp_path, answer, loops):
 def test_an_answer_that_holds_the_whole_question_is_no_answer(tmp_path):
     question = "日本で一番高い山は何ですか？"
     echo = {"repeats the question"}
-    for answer in (question + "\n富士山です。", "日本で 一番高い山は 何ですか"):
+    for answer in (
+        question + "\n富士山です。",
+        "日本で 一番高い山は 何ですか",
+        "日本で一番高い山は何ですか\n富士山です。",
+    ):
         assert {reason for reason, _ in judged(tmp_path, answer, question=question).values()} == echo
     assert not judged(tmp_path, "日本で一番高い山は富士山です。", question=question)
     assert not judged(tmp_path, "富士山", question="日本一の山は？")
