@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +37,9 @@ AT_MOST |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 AT_MOST |= {"mamba_d_state": 16, "mamba_chunk_size": 16, "ssm_state_size": 16, "state_size": 16, "chunk_size": 16}
 AT_MOST |= dict.fromkeys(("ffn_dim", "ffn_hidden_size", "vocab_size_per_layer_input"), 256)
 
+# Packages with faster kernels for a GPU. Where they are installed, transformers takes them for the tiny model, too.
+KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
+
 
 class Architecture(NamedTuple):
     """How models of one kind can be trained and asked."""
@@ -60,6 +66,8 @@ def check(config: PreTrainedConfig, engine: str) -> Architecture:
             found = examine(config)
     except Exception as error:  # a tiny model fails in any way that a model can
         problem = error if isinstance(error, RecipeError) else first_line(error)
+        if kernels := gpu_kernels(config):
+            problem = f"{problem}; it is tried on the CPU: uninstall {', '.join(kernels)}, and try again"
         raise RecipeError(f"{config.model_type} models do not fit this recipe: {problem}") from None
     texts = "end to end in rows" if found.rows else "padded"
     answers = "in slots" if found.slots else "in batches" if found.batches else "one at a time"
@@ -67,6 +75,13 @@ def check(config: PreTrainedConfig, engine: str) -> Architecture:
     if experts := shapes.experts_in_16_bit(config):
         print(experts)
     return found
+
+
+def gpu_kernels(config: PreTrainedConfig) -> list[str]:
+    """The installed packages that models of this kind compute with, and that need a GPU."""
+    modeling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    source = inspect.getsource(modeling) if modeling else ""
+    return [name for module, name in KERNELS.items() if f'"{module}"' in source and find_spec(module)]
 
 
 def examine(config: PreTrainedConfig) -> Architecture:

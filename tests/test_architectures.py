@@ -3,12 +3,17 @@
 `python tests/test_architectures.py` prints the table of benchmarks/results/models.md.
 """
 
+import os
+import subprocess
+import sys
+
 import families
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText, logging
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText, Gemma2Config, logging
 from trl import SFTConfig, SFTTrainer
 
 import helpers
@@ -209,6 +214,28 @@ def test_a_training_has_the_loss_of_the_model_itself(tmp_path, capsys, model_typ
         scores = model(input_ids=tokens).logits[0, :-1]
         found = model(input_ids=tokens, labels=tokens).loss
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(scores, tokens[0, 1:]))
+
+
+ON_A_GPU = """
+def causal_conv1d_fn(*_, **__):
+    raise RuntimeError("Expected x.is_cuda() to be true, but got false.")
+causal_conv1d_update = causal_conv1d_fn
+"""
+
+
+def test_kernels_that_run_on_a_gpu_alone_are_named(tmp_path):
+    """They cannot be installed here: a package that refuses the CPU as causal-conv1d does."""
+    (tmp_path / "causal_conv1d.py").write_text(ON_A_GPU)
+    code = "import helpers, transformers; helpers.architectures.check(transformers.Qwen3_5TextConfig(), 'transformers')"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    line = done.stderr.splitlines()[-1]
+    assert (
+        "qwen3_5_text models do not fit this recipe: it cannot be trained with LoRA (RuntimeError: Expected x" in line
+    )
+    assert line.endswith("it is tried on the CPU: uninstall causal-conv1d, and try again")
+    assert helpers.architectures.gpu_kernels(Gemma2Config()) == []
 
 
 def test_unsloth_has_code_of_its_own(capsys):
