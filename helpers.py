@@ -481,7 +481,8 @@ def japanese_by_script(text: str) -> bool:
     """Whether a text is Japanese by its letters: kana enough for a sentence, or few letters: up to 20 kanji, and eight
     Latin words, more of them with a capital (names) than without.
     """
-    kana, kanji = (len(re.findall(letters, text)) for letters in ("[ぁ-ヿｦ-ﾟ]", "[々〇一-鿿]"))
+    kana = len(re.findall("[ぁ-ヿｦ-ﾟ]", text))
+    kanji = len(re.findall("(?![一二三四五六七八九十百千万])[々〇一-鿿]", text))  # without numerals
     words = re.findall(r"(?<![A-Za-zÀ-ÖØ-öø-ÿ])[A-Za-zÀ-ÖØ-öø-ÿ]{2}[^\s、。,]*", unicodedata.normalize("NFKC", text))
     lower = sum(word[0].islower() for word in words)
     names = len(words) <= 8 and lower <= max(1, len(words) - lower - 1)
