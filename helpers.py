@@ -410,7 +410,7 @@ class Forbidden:
         self.patterns, self.any_pattern = {}, {"text": []}
         for scope in ("text", "question", "answer"):
             own, shared = rules.patterns.get(scope, {}), rules.patterns.get("text", {})
-            self.patterns[scope] = {name: re.compile("|".join(parts)) for name, parts in {**shared, **own}.items()}
+            self.patterns[scope] = {name: any_expression(parts) for name, parts in {**shared, **own}.items()}
             self.any_pattern[scope] = self.any_pattern["text"] + any_expression(chain(*own.values()))
 
 
@@ -432,8 +432,8 @@ def find_forbidden(texts: Mapping[str, str], forbidden: Forbidden) -> list[Probl
             found += [(reason, place, _shown(character)) for reason, character in reasons if reason]
         scope = scope_of(place)
         if any(pattern.search(text) for pattern in forbidden.any_pattern[scope]):
-            matched = ((name, pattern.search(text)) for name, pattern in forbidden.patterns[scope].items())
-            matches += [(name, place, match[0]) for name, match in matched if match]
+            for name, patterns in forbidden.patterns[scope].items():
+                matches += [(name, place, match[0]) for p in patterns if (match := p.search(text))][:1]
     return sorted(found, key=lambda problem: REASONS.index(problem[0])) + matches if found else matches
 
 
@@ -458,7 +458,7 @@ def repeated_text(text: str) -> str:
                 return part
         if len(parts) > 7 and 2 * len(different) <= len(parts):
             return parts[-1]
-    end, words = text.rstrip("。、！？!? \n"), re.split("[。、\n]", text)
+    end, words = text.rstrip("。、！？!? \n"), text.replace("。", "、").replace("\n", "、").split("、")
     for pieces, times, shortest in ((parts, 3, 8), (words, 4, 2)):
         for part, run in groupby(pieces) if len(pieces) - len(set(pieces)) >= times - 1 else ():
             if len(part) >= shortest and any(map(str.isalpha, part)) and len(list(run)) >= times:
@@ -467,13 +467,13 @@ def repeated_text(text: str) -> str:
 
 
 def repeats_question(texts: Mapping[str, str]) -> bool:
-    """Whether the first answer is the question, or holds it as a whole: to its end mark, or as its first line. A part
-    of it may be restated.
+    """Whether the first answer is the question, or holds it as a whole: to its end mark, or as its first line or
+    sentence. A part of it may be restated.
     """
     question, answer = texts["instruction"].strip(), texts["response"].strip()
     whole = len(question) >= 8 and question[-1] in "。？?" and question in answer
-    first = answer.partition("\n")[0] if len(question) >= 8 else answer
-    bare = [re.sub(r"[\W_]", "", text) for text in (question, answer[: 2 * len(question)], first[: 2 * len(question)])]
+    parts = (answer, *(re.split(end, answer, maxsplit=1)[0] for end in ("\n", "[。？?！!\n]") if len(question) >= 8))
+    bare = [re.sub(r"[\W_]", "", text[: 2 * len(question)]) for text in (question, *parts)]
     return whole or bare[0] in bare[1:]
 
 

@@ -618,6 +618,20 @@ def test_good_answers_that_resemble_bad_ones_stay(tmp_path, answer):
     assert judged(tmp_path, answer) == {}
 
 
+def test_whole_answers_that_ask_or_are_chinese_go_and_advice_stays(tmp_path):
+    asks = ["どのような点を改善したいですか？", "もう少し詳しく教えていただけますか？", "ご要望をお聞かせください。"]
+    chinese = "水的化学式是H2O。"
+    advice = [
+        "深呼吸を三回してください。",
+        "こちらの本はいかがでしょうか。",
+        "色不異空、空不異色、色即是空、空即是色。",
+        "高橋是清",
+    ]
+    found = judged(tmp_path, *asks, chinese, *advice)
+    assert {reason for answer in asks for reason in found[answer][:1]} == {"asks instead of answering"}
+    assert found.keys() == {*asks, chinese} and found[chinese][0] == "Chinese"
+
+
 def test_rules_about_requests_look_at_turns_of_the_user_alone(tmp_path):
     wish = "次の文をフランス語で書いてください。"
     rows = [talk(wish, JAPANESE), talk(QUESTION, JAPANESE + wish), talk(QUESTION, JAPANESE, wish, JAPANESE)]
