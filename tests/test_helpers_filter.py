@@ -488,9 +488,9 @@ def judged(folder: Path, *answers: str, question: str = QUESTION, **values) -> d
     ],
 )
 def test_what_only_looks_different_is_written_plainly(tmp_path, written, plain):
-    result = Result(tmp_path, [talk(QUESTION, JAPANESE + written)], REVIEWED)
-    assert [row["response"] for row in result.kept] == [JAPANESE + plain]
-    assert result.kept[0]["conversations"][1]["content"] == JAPANESE + plain
+    result = Result(tmp_path, [talk(QUESTION, written + JAPANESE)], REVIEWED)
+    assert [row["response"] for row in result.kept] == [plain + JAPANESE]
+    assert result.kept[0]["conversations"][1]["content"] == plain + JAPANESE
 
 
 HTML_TALK = "JavaScriptは<script>タグの中に書きます。<style>タグの中にはスタイルシートを書きます。"
@@ -611,6 +611,7 @@ GOOD = [
     "英語ではspringと書き、for文とwhile文で繰り返します。NPCはnon-player characterの略、pandasは道具です。",
     "、".join("一二三四五六七八九十") + "、" + "、".join(f"二十{digit}" for digit in "一二三四五六七八九"),
     "南の島です。火山活動は終わり、いまの形になったと考えられる",
+    "明日の会議は三時からです。よろしくお願いいたします。以上",
     "これで時間も費用も節約できます。一石二鳥。大切なのは続けること、そして楽しむこと",
     "São PauloやBeyoncé、 café を知っています。ASP.NETやNode.jsも使います。",
 ]
