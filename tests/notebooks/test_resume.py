@@ -226,14 +226,14 @@ assert not any(issubclass(type(thing), kind) for thing in gc.get_objects())
 
 def test_two_processes_train_like_one_with_twice_the_accumulation(run, smoke, tmp_path):
     one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
-    values = {"neftune_noise_alpha": 0, "max_steps": 4, "eval_share": 0.045}  # 8 texts
+    values = {"neftune_noise_alpha": 0, "max_steps": 4, "eval_share": 0.043}  # 8 texts, as many for each of two
     run(code(prepare("03_sft", one, smoke, gradient_accumulation_steps=4, **values)), one)
     printed = run_in_two("03_sft", two, smoke, gradient_accumulation_steps=2, **values)
     assert printed.count("4 steps of 8 texts") == 1  # one process speaks for both
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     reports = [json.loads((folder / "sft_metrics.json").read_text()) for folder in (one, two)]
     held_out = [[loss for _, loss in report["held_out"]] for report in reports]
-    assert held_out[1] == pytest.approx(held_out[0], rel=2e-2)  # a mean over rows, and over pairs of rows by tokens
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)  # a mean over rows, and over pairs of rows by tokens
 
     # Two processes go on from the checkpoint in the middle: forked ones, which accelerate would start alike.
     left_out = shutil.ignore_patterns("checkpoint-4")
