@@ -66,7 +66,7 @@ def check(config: PreTrainedConfig, engine: str) -> Architecture:
             found = examine(config)
     except Exception as error:  # a tiny model fails in any way that a model can
         problem = error if isinstance(error, RecipeError) else first_line(error)
-        if kernels := gpu_kernels(config):
+        if (kernels := gpu_kernels(config)) and not torch.cuda.is_available():
             problem = f"{problem}; it is tried on the CPU: uninstall {', '.join(kernels)}, and try again"
         raise RecipeError(f"{config.model_type} models do not fit this recipe: {problem}") from None
     texts = "end to end in rows" if found.rows else "padded"
@@ -93,9 +93,21 @@ def examine(config: PreTrainedConfig) -> Architecture:
 
 
 def examine_anew(config: PreTrainedConfig) -> Architecture:
-    model = tiny(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are too small to share: on a busy machine threads wait for each other
+    try:
+        return examine_model(tiny(config))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def examine_model(model: PreTrainedModel) -> Architecture:
+    """What a tiny random model allows; where a package has kernels for it, on the GPU that they need."""
+    config = model.config
+    if torch.cuda.is_available() and gpu_kernels(config):
+        model = model.to("cuda")
     generator = torch.Generator().manual_seed(0)
-    size = model.config.get_text_config().vocab_size
+    size = config.get_text_config().vocab_size
     texts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in (70, 9, 45)]
     check_adapter(copy.deepcopy(model), shapes.lora_targets(config), texts[0])
     check_padding(model, texts)
@@ -207,7 +219,7 @@ def check_adapter(model: PreTrainedModel, targets: dict[str, list[str]], text: l
     """RecipeError unless LoRA stands beside all that the targets name, and every matrix B gets a gradient from one text
     (token ids).
     """
-    ids, last_names = torch.tensor([text]), targets["target_modules"]
+    ids, last_names = torch.tensor([text], device=model.device), targets["target_modules"]
     expected = {name for name in shapes.linear_layers(model) if name.rpartition(".")[2] in last_names}
     try:
         model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
@@ -226,13 +238,14 @@ def check_adapter(model: PreTrainedModel, targets: dict[str, list[str]], text: l
 def check_padding(model: PreTrainedModel, texts: list[list[int]]) -> None:
     """RecipeError if a text (token ids) has other scores alone than padded on the right, or than as a beginning."""
     width = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    place = {"device": model.device}
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], **place)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], **place)
     with torch.no_grad():
         padded = model(ids, attention_mask=mask, use_cache=False).logits
         for row, text in zip(padded, texts, strict=True):
-            alone = model(torch.tensor([text]), use_cache=False).logits[0]
-            half = model(torch.tensor([text[: len(text) // 2]]), use_cache=False).logits[0]
+            alone = model(torch.tensor([text], **place), use_cache=False).logits[0]
+            half = model(torch.tensor([text[: len(text) // 2]], **place), use_cache=False).logits[0]
             if not attention.scores_agree(row[: len(text)], alone):
                 raise RecipeError("a padded text has other scores than the text alone")
             if not attention.scores_agree(alone[: len(half)], half):
@@ -244,7 +257,8 @@ def follows(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> boo
     one text, without a cache and without padding. `check_padding` has seen that no token depends on those to come.
     """
     with torch.no_grad():
-        scores = model(torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0]
+        ids = torch.tensor([prompt + answer[:-1]], device=model.device)
+        scores = model(ids, use_cache=False).logits[0]
     return scores[len(prompt) - 1 :].argmax(-1).tolist() == answer
 
 

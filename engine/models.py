@@ -67,7 +67,7 @@ def read_configs(name: str, revision: str, max_seq_length: int) -> tuple[PreTrai
     hub.find_model(name, revision)
     try:
         whole = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)
-        config = whole.get_text_config(decoder=True)
+        config = text_part(whole)
     except Exception as error:
         raise RecipeError(f"{name}: its config.json cannot be used ({first_line(error)})") from None
     longest = readable_tokens(config)
@@ -81,6 +81,14 @@ def read_configs(name: str, revision: str, max_seq_length: int) -> tuple[PreTrai
         if hasattr(whole, "quantization_config"):
             config.quantization_config = whole.quantization_config
     return whole, config
+
+
+def text_part(whole: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of its text part; itself if it has no other."""
+    part = whole.get_text_config(decoder=True)
+    if isinstance(part, PreTrainedConfig):
+        return part
+    return whole if part.model_type == whole.model_type else whole.text_config  # unsloth gives a stand-in for Gemma 4's
 
 
 def not_causal(whole: PreTrainedConfig, config: PreTrainedConfig) -> str:

@@ -1,10 +1,12 @@
-"""Section 7 of helpers.py: the model that is loaded must be the model that was named."""
+"""engine/models.py: the model that is loaded must be the model that was named."""
 
 import importlib.util
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -231,3 +233,29 @@ def test_a_multimodal_model_need_not_say_whether_embeddings_are_tied(tmp_path, c
     CONFIG_MAPPING["qwen2_audio"]().save_pretrained(tmp_path)
     assert helpers.models.text_config(str(tmp_path)).tie_word_embeddings is False
     assert "the text part of qwen2_audio is used, without its other " in capsys.readouterr().out
+
+
+AFTER_UNSLOTH = """
+import sys
+import unsloth
+from unsloth_zoo.temporary_patches import gemma4
+
+gemma4.patch_Gemma4Config_kv_shared_zero()  # on a GPU, unsloth does so when it is imported
+gemma4.patch_Gemma4TextConfig_kv_shared_zero()
+import helpers
+
+for folder in sys.argv[1:]:
+    print(type(helpers.models.text_config(folder)).__name__, "of", folder)
+"""
+
+
+def test_the_config_of_gemma_4_is_read_behind_unsloth(tmp_path):
+    """Which puts a stand-in of another type before it where no layers share their keys."""
+    text = CONFIG_MAPPING["gemma4_text"](num_hidden_layers=6, num_kv_shared_layers=0)
+    text.save_pretrained(tmp_path / "text")
+    CONFIG_MAPPING["gemma4"](text_config=text.to_dict()).save_pretrained(tmp_path / "whole")
+    command = [sys.executable, "-c", AFTER_UNSLOTH, str(tmp_path / "text"), str(tmp_path / "whole")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("text", "whole"):
+        assert f"Gemma4TextConfig of {tmp_path / name}" in done.stdout
