@@ -154,11 +154,17 @@ def fetch(name: str, file: str, commit: str, kind: str = "model") -> Path | None
             return None
 
 
+def find_file(name: str, commit: str, file: str) -> Path | None:
+    """A file of a model folder or hub repository, on this machine; None if there is none."""
+    path = Path(name, file) if Path(name).is_dir() else fetch(name, file, commit)
+    return path if path and path.is_file() else None
+
+
 def read_json(name: str, commit: str, file: str) -> dict[str, Any]:
     """A JSON object of a model folder or hub repository; RecipeError if it is not there or something else."""
-    path = Path(name, file) if Path(name).is_dir() else fetch(name, file, commit)
+    path = find_file(name, commit, file)
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+        value = json.loads(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{name}: its {file} cannot be read ({first_line(error)})") from None
     if not isinstance(value, dict):

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from jinja2.exceptions import SecurityError
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -188,6 +188,28 @@ def read_weights(name: str, config: PreTrainedConfig, **options: Any) -> tuple[P
     options |= {"config": config, "output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
     model, info = AutoModelForCausalLM.from_pretrained(name, **options)
     return model, sorted(info["missing_keys"])
+
+
+def score_matrix(name: str, commit: str, config: PreTrainedConfig) -> torch.Tensor | None:
+    """The matrix (vocabulary, width) from a hidden state to the scores of tokens, read without the other weights.
+
+    None if a checkpoint does not hold it under its usual name.
+    """
+    model = shapes.empty(config)
+    module = model.get_input_embeddings() if config.tie_word_embeddings else model.get_output_embeddings()
+    ending = next(f"{own.rpartition('.')[2]}.weight" for own, part in model.named_modules() if part is module)
+    index, files = "model.safetensors.index.json", {"model.safetensors"}
+    if hub.find_file(name, commit, index):
+        places = hub.read_json(name, commit, index).get("weight_map", {})
+        files = {file for key, file in places.items() if key.endswith(ending)}
+    for path in filter(None, (hub.find_file(name, commit, file) for file in sorted(files))):
+        try:
+            with safe_open(path, "pt") as tensors:
+                if own := [key for key in tensors.keys() if f".{key}".endswith(f".{ending}")]:  # noqa: SIM118
+                    return tensors.get_tensor(own[0])
+        except SafetensorError as error:
+            raise RecipeError(f"{name}: its weights cannot be read ({first_line(error)}); fetch it again") from None
+    return None
 
 
 def keep_weights_unpacked(model: PreTrainedModel) -> None:

@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import helpers
-from engine import chat
+from engine import chat, formats
 from helpers import RecipeError
 
 CHATML = (
@@ -129,6 +130,47 @@ def test_what_cannot_be_trained_on_says_why(gemma, turns, said):
 def test_a_template_that_cannot_be_trained_with_is_named(template, said):
     with pytest.raises(RecipeError, match=said):
         chat.example(with_template(template), TALK)
+
+
+def rows(*alike, size=64, width=16):
+    """A random matrix (tokens, width) in which the tokens `alike`, and a dozen others, have nearly the same row."""
+    matrix = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
+    same = [*alike, *range(size - 12, size)]
+    matrix[same] = matrix[0] + matrix[same] / 50
+    return matrix.bfloat16()
+
+
+def test_a_token_that_was_never_trained_has_no_row_of_its_own():
+    assert [chat.is_known(rows(5), token) for token in (1, 5, 63)] == [True, False, False]
+    zeros = rows(5)
+    zeros[[5, *range(52, 64)]] *= 1e-4  # as in Llama 3
+    assert [chat.is_known(zeros, token) for token in (1, 5)] == [True, False]
+    assert chat.is_known(torch.eye(4), 1)  # a vocabulary of fewer than ten
+
+
+@pytest.mark.parametrize("alike", [[], ["<end_of_turn>"]])
+def test_an_end_of_turn_that_the_base_never_learnt_becomes_eos(alike, capsys, tmp_path):
+    tokenizer = helpers.models.load_tokenizer("data/tiny/gemma2")
+    matrix = rows(*tokenizer.convert_tokens_to_ids(alike), size=len(tokenizer))
+    chat.end_with_known_token(tokenizer, matrix)
+    ending = "<eos>" if alike else "<end_of_turn>"
+    assert trained(tokenizer, chat.example(tokenizer, TALK)) == [f"{turn['content']}{ending}" for turn in TALK[1::2]]
+    assert ("has not learnt <end_of_turn>: turns end with <eos>" in capsys.readouterr().out) == bool(alike)
+    formats.save_tokenizer(tokenizer, tmp_path, "chat")  # a program that asks the trained model writes <eos>, too
+    text = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TALK, tokenize=False)
+    assert text.count("<eos>") == (4 if alike else 0) and ("<end_of_turn>" in text) == (not alike)
+
+
+def test_a_base_that_knows_no_end_of_turn_is_refused():
+    tokenizer = helpers.models.load_tokenizer("data/tiny/gemma2")
+    unknown = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
+    with pytest.raises(RecipeError, match=r"not learnt <end_of_turn>.*name the instruct model"):
+        chat.end_with_known_token(tokenizer, rows(*unknown, size=len(tokenizer)))
+
+
+def test_a_checkpoint_that_hides_its_scores_is_said(capsys):
+    chat.end_with_known_token(helpers.models.load_tokenizer("data/tiny/gemma2"), None)
+    assert "has learnt <end_of_turn>, with which answers end, cannot be read" in capsys.readouterr().out
 
 
 def test_without_a_template_another_format_is_advised():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import families
 import pytest
+import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_export import save_adapter
@@ -233,6 +234,20 @@ def test_a_multimodal_model_need_not_say_whether_embeddings_are_tied(tmp_path, c
     CONFIG_MAPPING["qwen2_audio"]().save_pretrained(tmp_path)
     assert helpers.models.text_config(str(tmp_path)).tie_word_embeddings is False
     assert "the text part of qwen2_audio is used, without its other " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama3", "gemma3", "gemma4 e4b", "qwen3.5", "mistral3"])
+def test_the_matrix_of_scores_is_read_alone(family, tmp_path):
+    """Also of tied embeddings and of a multimodal model's text part; and where it lies in one file of several."""
+    checkpoint = families.make_checkpoint(family, tmp_path / "base")
+    config = helpers.models.text_config(str(checkpoint))
+    model = helpers.models.load_weights(str(checkpoint), config, device_map="cpu")
+    expected = model.get_output_embeddings().weight
+    assert torch.equal(helpers.models.score_matrix(str(checkpoint), "", config), expected)
+    if family == "llama3":
+        model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+        assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+        assert torch.equal(helpers.models.score_matrix(str(tmp_path / "again"), "", config), expected)
 
 
 AFTER_UNSLOTH = """
