@@ -46,9 +46,16 @@ def token_rules(
     """The rules that change the scores of the next token, and those that end an answer: at an end token (their ids are
     `ends`) or at the text `stop`, if it is not empty.
 
-    A banned string is forbidden both as a beginning and within a text, where some tokenizers spell it otherwise.
+    A banned string is forbidden both as a beginning and within a text, where some tokenizers spell it otherwise. End
+    tokens are not penalized: a prompt in chat format holds them, and fewer answers would end.
     """
-    rules = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(repetition_penalty))])
+    penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
+
+    def penalize(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        spared = torch.tensor([end for end in ends if end < scores.shape[1]], device=scores.device)
+        return penalty(ids, scores).index_copy(1, spared, scores[:, spared])
+
+    rules = LogitsProcessorList([penalize])
     if banned:
         banned_ids = [tokenizer.encode(word, add_special_tokens=False) for word in banned]
         banned_ids += [encode_within(tokenizer, word) for word in banned]
