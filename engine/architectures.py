@@ -66,8 +66,8 @@ def check(config: PreTrainedConfig, engine: str) -> Architecture:
             found = examine(config)
     except Exception as error:  # a tiny model fails in any way that a model can
         problem = error if isinstance(error, RecipeError) else first_line(error)
-        if (kernels := gpu_kernels(config)) and not torch.cuda.is_available():
-            problem = f"{problem}; it is tried on the CPU: uninstall {', '.join(kernels)}, and try again"
+        if kernels := gpu_kernels(config):
+            problem = f"{problem}; uninstall {', '.join(kernels)}, with whose kernels it was tried, and try again"
         raise RecipeError(f"{config.model_type} models do not fit this recipe: {problem}") from None
     texts = "end to end in rows" if found.rows else "padded"
     answers = "in slots" if found.slots else "in batches" if found.batches else "one at a time"

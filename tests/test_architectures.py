@@ -233,7 +233,7 @@ def test_kernels_that_run_on_a_gpu_alone_are_named(tmp_path):
     line = done.stderr.splitlines()[-1]
     problem = "it cannot be trained with LoRA (RuntimeError: Expected x.is_cuda() to be true, but got false.)"
     assert f"qwen3_5_text models do not fit this recipe: {problem}" in line
-    assert line.endswith("it is tried on the CPU: uninstall causal-conv1d, and try again")
+    assert line.endswith("uninstall causal-conv1d, with whose kernels it was tried, and try again")
     assert helpers.architectures.gpu_kernels(Gemma2Config()) == []
 
 
