@@ -2,6 +2,7 @@
 
     python benchmarks/study.py --dataset MAGPIE.jsonl --tasks TASKS.jsonl --qa QA.jsonl --jobs 8
     python benchmarks/study.py --report     # only table and picture, from benchmarks/study/scores.csv
+    python benchmarks/study.py --report benchmarks/study/filter_and_format.csv    # only the table of other scores
 
 The arms are in data/runs/study/parts.yaml, what they share in base.yaml beside it. Every arm is a run of the notebooks
 by run.py, so that a study that was interrupted goes on with what is missing. The model is that of `make cpu-real`.
@@ -371,12 +372,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], metavar="NAME=FILE", help="rows that another filter has kept")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--tokens", type=int, default=STUDY["tokens"], help="of an epoch (parts.yaml)")
-    parser.add_argument("--report", action="store_true", help="only table and picture, of benchmarks/study")
-    args = parser.parse_args()
-    os.chdir(ROOT)
     stored = ROOT / "benchmarks/study"
+    own = stored / "scores.csv"
+    parser.add_argument("--report", nargs="?", const=own, metavar="SCORES", help="only the table, of stored scores")
+    args = parser.parse_args()
     if args.report:
-        return report(pd.read_csv(stored / "scores.csv"), stored, ROOT / "docs/study.png")
+        scores = pd.read_csv(args.report)
+        if args.report == own:
+            return report(scores, stored, ROOT / "docs/study.png")
+        return print(effects_table(effects(scores), scores))
+    os.chdir(ROOT)
     started = time.time()
     prepare(args)
     runner = Runner(args)

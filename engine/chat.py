@@ -86,6 +86,8 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     if not tokenizer.chat_template:
         raise RecipeError('the tokenizer has no chat template: set text_format = "2024", or name another model')
+    if isinstance(tokenizer.chat_template, Mapping):  # several by name
+        tokenizer.chat_template = tokenizer.chat_template.get("default", "")
     tokenizer.chat_template = tokenizer.chat_template.strip()
     try:
         turns = [{"role": "system", "content": "印システム印"}, {"role": "user", "content": "こんにちは"}]
@@ -96,7 +98,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def load_tokenizer(sources: Mapping[str, Mapping[str, Any]]) -> PreTrainedTokenizerBase:
     """The tokenizer, with its chat template, of the adapter of these `sources` (see `records.find_models`), or of the
-    model where there is no adapter or none was saved with it.
+    model where there is no adapter or none was saved with it. Without an adapter it ends turns as a training would.
     """
     for source in (sources.get("adapter"), sources["model"]):
         with suppress(RecipeError):
@@ -106,6 +108,13 @@ def load_tokenizer(sources: Mapping[str, Mapping[str, Any]]) -> PreTrainedTokeni
     else:
         raise RecipeError(f"{sources['model']['name']}: its tokenizer cannot be used")
     prepare(tokenizer)
+    if not sources.get("adapter"):
+        name, commit = sources["model"]["name"], sources["model"]["commit"]
+        _, config = models.read_configs(name, commit, 0)
+        try:
+            settle_end(tokenizer, models.score_matrix(name, commit, config), "chat")
+        except RecipeError as error:  # it may answer all the same
+            print(error)
     return tokenizer
 
 
@@ -159,7 +168,8 @@ def example(
         if last is None:
             raise RecipeError("the chat template puts no end token behind an answer")
         labels[inside[0] : last + 1] = ids[inside[0] : last + 1]
-    if ids.count(tokenizer.bos_token_id) > 1:
+    begin = tokenizer.bos_token_id
+    if ids[:2] == [begin, begin] or (begin != tokenizer.eos_token_id and ids.count(begin) > 1):
         raise RecipeError("it holds a second <bos>")
     return Example(text, ids, labels, sum(start < len(spans[0][0]) for start in starts))
 
@@ -199,41 +209,61 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, shots: Sequ
         raise RecipeError(f'prompt_style = "chat": the chat template refuses {len(turns)} turns ({error})') from None
 
 
-def end_with_known_token(tokenizer: PreTrainedTokenizerBase, matrix: torch.Tensor | None) -> None:
-    """Let the chat template end its turns with <eos> if a base never learnt the template's own end of turn.
+def settle_end(tokenizer: PreTrainedTokenizerBase, matrix: torch.Tensor | None, text_format: str) -> None:
+    """See that a base can write what answers end with, and let a chat template's turns end with <eos> where it cannot.
 
-    `matrix` (vocabulary, width) turns hidden states into scores (see `models.score_matrix`). Where many tokens have
-    nearly the same row, a model writes any of them: LoRA leaves these rows as they are. RecipeError if <eos> is one of
-    them, too, or if the template does not name its end of turn.
+    `matrix` (vocabulary, width) turns hidden states into scores (see `models.score_matrix`). LoRA leaves it as it is,
+    so where many tokens have nearly the same row, the model writes any of them. RecipeError if no end is left.
     """
-    prepare(tokenizer)
-    end, last = end_of_turn(tokenizer), tokenizer.eos_token_id
-    token = tokenizer.convert_ids_to_tokens(end)
+    last = tokenizer.eos_token_id
+    ends = [last] if text_format == "2024" else ends_of_turn(tokenizer)
+    names = ", ".join(tokenizer.convert_ids_to_tokens(ends))
     if matrix is None:
-        print(f"whether this base has learnt {token}, with which answers end, cannot be read from its checkpoint")
-    elif not is_known(matrix, end):
+        return print(f"whether this base has learnt {names} cannot be read from its checkpoint")
+    if max(last, *ends) >= len(matrix):
+        raise RecipeError(f"the tokenizer has tokens that the model has not, such as {names}: name another model")
+    known = {token: is_known(matrix, token) for token in {last, *ends}}
+    if all(known[token] for token in ends):
+        return
+    if text_format == "2024":
+        return print(f"this base has not learnt {names}, with which texts end: few answers will end by themselves")
+    for token in tokenizer.convert_ids_to_tokens([token for token in ends if not known[token]]):
         tokenizer.chat_template = tokenizer.chat_template.replace(token, tokenizer.eos_token)
-        if end_of_turn(tokenizer) != last or not is_known(matrix, last):
-            raise RecipeError(
-                f"this base has not learnt {token}, with which answers end in its chat template: name the instruct "
-                'model that the template belongs to, or set text_format = "2024"'
-            )
-        print(f"this base has not learnt {token}: turns end with {tokenizer.eos_token} instead")
+    if not all(known.get(token) for token in ends_of_turn(tokenizer)):
+        advice = "name the instruct model that the template belongs to"
+        advice += ', or set text_format = "2024"' if known[last] else ""
+        raise RecipeError(f"this base has not learnt {names}, with which answers end in its chat template: {advice}")
+    print(f"this base has not learnt {names}: turns end with {tokenizer.eos_token} instead")
 
 
 def is_known(matrix: torch.Tensor, token: int) -> bool:
-    """Whether a token has a row of its own in a matrix (vocabulary, width): not ten others within a quarter of the
-    usual distance. In Gemma 3 270M the tenth lies at 0.09 of it for <end_of_turn>, at 0.3 to 0.9 for tokens of texts.
+    """Whether a token has a row of its own in a matrix (vocabulary, width): its third neighbour and the mean of all lie
+    further than a quarter of the usual distance. RecipeError for what is no number.
+
+    In Gemma 3 270M the third lies at 0.08 of it for <end_of_turn>, and at 0.28 or more for 149 of 150 tokens of texts.
+    At the mean lies a token that was added without a training: its score is never the highest.
     """
-    distances = torch.cat([(rows.float() - matrix[token].float()).norm(dim=1) for rows in matrix.split(2**15)])
-    nearest = distances.kthvalue(min(11, len(distances))).values  # the first is the token itself
-    return bool(nearest > distances.median() / 4)
+    parts, own = matrix.split(2**15), matrix[token].float()
+    distances = torch.cat([(rows.float() - own).norm(dim=1) for rows in parts])
+    mean = torch.stack([rows.float().sum(0) for rows in parts]).sum(0) / len(matrix)
+    if distances.isnan().any():
+        raise RecipeError("the weights of this base are damaged: fetch them again")
+    ordered = distances.sort().values
+    near = min(ordered[min(3, len(ordered) - 1)], (own - mean).norm())
+    return bool(near > ordered[int(0.9 * (len(ordered) - 1))] / 4)
+
+
+def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the control tokens that a chat template writes at the end of an answer, in their order."""
+    prepare(tokenizer)
+    turns = [{"role": "user", "content": "山"}, {"role": "assistant", "content": "川"}]
+    controls = set(control_tokens(tokenizer).values())
+    return [label for label in example(tokenizer, turns).labels if label in controls]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token with which the chat template ends an answer."""
-    turns = [{"role": "user", "content": "山"}, {"role": "assistant", "content": "川"}]
-    return [label for label in example(tokenizer, turns).labels if label != -100][-1]
+    return ends_of_turn(tokenizer)[-1]
 
 
 def end_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

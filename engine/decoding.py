@@ -52,7 +52,7 @@ def token_rules(
     penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
 
     def penalize(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        spared = torch.tensor([end for end in ends if end < scores.shape[1]], device=scores.device)
+        spared = torch.tensor([n for n in ends if 0 <= n < scores.shape[1]], dtype=torch.long, device=scores.device)
         return penalty(ids, scores).index_copy(1, spared, scores[:, spared])
 
     rules = LogitsProcessorList([penalize])

@@ -193,20 +193,24 @@ def read_weights(name: str, config: PreTrainedConfig, **options: Any) -> tuple[P
 def score_matrix(name: str, commit: str, config: PreTrainedConfig) -> torch.Tensor | None:
     """The matrix (vocabulary, width) from a hidden state to the scores of tokens, read without the other weights.
 
-    None if a checkpoint does not hold it under its usual name.
+    None if a checkpoint does not hold it under its usual name, or as packed numbers.
     """
     model = shapes.empty(config)
-    module = model.get_input_embeddings() if config.tie_word_embeddings else model.get_output_embeddings()
+    tied = getattr(config, "tie_word_embeddings", False)
+    module = model.get_input_embeddings() if tied else model.get_output_embeddings()
     ending = next(f"{own.rpartition('.')[2]}.weight" for own, part in model.named_modules() if part is module)
-    index, files = "model.safetensors.index.json", {"model.safetensors"}
-    if hub.find_file(name, commit, index):
-        places = hub.read_json(name, commit, index).get("weight_map", {})
-        files = {file for key, file in places.items() if key.endswith(ending)}
-    for path in filter(None, (hub.find_file(name, commit, file) for file in sorted(files))):
+    whole, index = "model.safetensors", "model.safetensors.index.json"
+    files = {whole}
+    if not hub.find_file(name, commit, whole) and hub.find_file(name, commit, index):
+        places = hub.read_json(name, commit, index).get("weight_map")
+        places = places if isinstance(places, Mapping) else {}
+        files = {file for key, file in places.items() if str(key).endswith(ending)}
+    for path in filter(None, (hub.find_file(name, commit, str(file)) for file in sorted(files))):
         try:
             with safe_open(path, "pt") as tensors:
-                if own := [key for key in tensors.keys() if f".{key}".endswith(f".{ending}")]:  # noqa: SIM118
-                    return tensors.get_tensor(own[0])
+                for own in [key for key in tensors.keys() if f".{key}".endswith(f".{ending}")]:  # noqa: SIM118
+                    found = tensors.get_tensor(own)
+                    return found if found.is_floating_point() and found.shape[1:] == module.weight.shape[1:] else None
         except SafetensorError as error:
             raise RecipeError(f"{name}: its weights cannot be read ({first_line(error)}); fetch it again") from None
     return None

@@ -135,7 +135,7 @@ def test_a_template_that_cannot_be_trained_with_is_named(template, said):
 def rows(*alike, size=64, width=16):
     """A random matrix (tokens, width) in which the tokens `alike`, and a dozen others, have nearly the same row."""
     matrix = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
-    same = [*alike, *range(size - 12, size)]
+    same = [*alike, *range(max(0, size - 12), size)]
     matrix[same] = matrix[0] + matrix[same] / 50
     return matrix.bfloat16()
 
@@ -145,14 +145,21 @@ def test_a_token_that_was_never_trained_has_no_row_of_its_own():
     zeros = rows(5)
     zeros[[5, *range(52, 64)]] *= 1e-4  # as in Llama 3
     assert [chat.is_known(zeros, token) for token in (1, 5)] == [True, False]
-    assert chat.is_known(torch.eye(4), 1)  # a vocabulary of fewer than ten
+    assert chat.is_known(torch.eye(4), 1)  # a vocabulary of four
+    added = rows()
+    added[5] = added.float().mean(0)  # as transformers adds tokens
+    assert [chat.is_known(added, token) for token in (1, 5)] == [True, False]
+    most = rows(*range(10, 50))  # fewer were trained than not
+    assert [chat.is_known(most, token) for token in (1, 12)] == [True, False]
+    with pytest.raises(RecipeError, match="weights of this base are damaged"):
+        chat.is_known(torch.full((64, 16), torch.nan), 5)
 
 
 @pytest.mark.parametrize("alike", [[], ["<end_of_turn>"]])
 def test_an_end_of_turn_that_the_base_never_learnt_becomes_eos(alike, capsys, tmp_path):
     tokenizer = helpers.models.load_tokenizer("data/tiny/gemma2")
     matrix = rows(*tokenizer.convert_tokens_to_ids(alike), size=len(tokenizer))
-    chat.end_with_known_token(tokenizer, matrix)
+    chat.settle_end(tokenizer, matrix, "chat")
     ending = "<eos>" if alike else "<end_of_turn>"
     assert trained(tokenizer, chat.example(tokenizer, TALK)) == [f"{turn['content']}{ending}" for turn in TALK[1::2]]
     assert ("has not learnt <end_of_turn>: turns end with <eos>" in capsys.readouterr().out) == bool(alike)
@@ -161,16 +168,49 @@ def test_an_end_of_turn_that_the_base_never_learnt_becomes_eos(alike, capsys, tm
     assert text.count("<eos>") == (4 if alike else 0) and ("<end_of_turn>" in text) == (not alike)
 
 
-def test_a_base_that_knows_no_end_of_turn_is_refused():
+def test_each_of_two_tokens_at_the_end_of_an_answer_is_looked_at():
+    tokenizer = with_template(CHATML.replace("<|im_end|>\n", "<|im_end|>\n' + eos_token + '\n"))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.ends_of_turn(tokenizer) == [end, tokenizer.eos_token_id]
+    chat.settle_end(tokenizer, rows(end, size=len(tokenizer)), "chat")
+    assert trained(tokenizer, chat.example(tokenizer, TALK[:2])) == ["富士山です。<eos>\n<eos>"]
+
+
+def test_a_beginning_that_is_the_end_token_may_stand_in_every_turn():
+    """As in OLMo 2: <|endoftext|> begins the text and ends the answers."""
+    tokenizer = with_template("{{ eos_token }}" + CHATML.replace("<|im_end|>", "' + eos_token + '"))
+    tokenizer.bos_token = tokenizer.eos_token
+    example = chat.example(tokenizer, TALK)
+    assert example.ids.count(tokenizer.eos_token_id) == 5
+    assert trained(tokenizer, example) == [f"{turn['content']}<eos>" for turn in TALK[1::2]]
+    doubled = with_template("{{ bos_token + bos_token }}" + CHATML)
+    with pytest.raises(RecipeError, match="holds a second <bos>"):
+        chat.example(doubled, TALK)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "tokens", "said"),
+    [
+        (["<end_of_turn>", "<eos>"], 512, "has not learnt <end_of_turn>, .*name the instruct model that the template"),
+        ([], 5, "the tokenizer has tokens that the model has not, such as <end_of_turn>"),
+    ],
+)
+def test_a_base_without_an_end_is_refused(unknown, tokens, said):
     tokenizer = helpers.models.load_tokenizer("data/tiny/gemma2")
-    unknown = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
-    with pytest.raises(RecipeError, match=r"not learnt <end_of_turn>.*name the instruct model"):
-        chat.end_with_known_token(tokenizer, rows(*unknown, size=len(tokenizer)))
+    ids = tokenizer.convert_tokens_to_ids(unknown)
+    with pytest.raises(RecipeError, match=said) as problem:
+        chat.settle_end(tokenizer, rows(*ids, size=tokens), "chat")
+    assert "2024" not in str(problem.value)  # which ends with <eos>
 
 
-def test_a_checkpoint_that_hides_its_scores_is_said(capsys):
-    chat.end_with_known_token(helpers.models.load_tokenizer("data/tiny/gemma2"), None)
-    assert "has learnt <end_of_turn>, with which answers end, cannot be read" in capsys.readouterr().out
+def test_what_cannot_be_known_of_an_end_is_said(capsys):
+    tokenizer = helpers.models.load_tokenizer("data/tiny/gemma2")
+    chat.settle_end(tokenizer, None, "chat")
+    assert "whether this base has learnt <end_of_turn> cannot be read" in capsys.readouterr().out
+    chat.settle_end(tokenizer, rows(tokenizer.eos_token_id, size=len(tokenizer)), "2024")
+    assert "has not learnt <eos>, with which texts end: few answers will end" in capsys.readouterr().out
+    chat.settle_end(tokenizer, rows(size=len(tokenizer)), "2024")
+    assert capsys.readouterr().out == ""
 
 
 def test_without_a_template_another_format_is_advised():

@@ -248,6 +248,17 @@ def test_the_matrix_of_scores_is_read_alone(family, tmp_path):
         model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
         assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
         assert torch.equal(helpers.models.score_matrix(str(tmp_path / "again"), "", config), expected)
+        model.save_pretrained(tmp_path / "again")  # into one file, beside the old index
+        assert (tmp_path / "again/model.safetensors.index.json").is_file()
+        assert torch.equal(helpers.models.score_matrix(str(tmp_path / "again"), "", config), expected)
+
+
+def test_a_matrix_of_scores_in_packed_numbers_is_not_read(tmp_path):
+    checkpoint = families.make_checkpoint("llama3", tmp_path / "base")
+    pack = partial(copy_with, checkpoint, tmp_path / "packed")
+    pack(lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].view(torch.uint8)}))
+    config = helpers.models.text_config(str(checkpoint))
+    assert helpers.models.score_matrix(str(tmp_path / "packed"), "", config) is None
 
 
 AFTER_UNSLOTH = """
