@@ -13,7 +13,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2 as sentencepieces
 from transformers import PreTrainedTokenizerBase
 
-from engine import files, hub, models
+from engine import chat, files, hub, models
 from engine.formats import ONE_QUESTION
 from helpers import SFT_PROMPT, RecipeError, encode
 
@@ -169,9 +169,42 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: str, base: Mapping
         whole.rename(target)
 
 
+def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat template in Go's language, for Ollama, which puts <bos> there itself; RecipeError if it writes a turn
+    otherwise depending on those around it.
+
+    A system text is one of the turns, or stands before the next question where the template refuses it.
+    """
+    system = chat.prepare(tokenizer)
+    roles = ["user", "assistant", "user", "assistant"]
+    turns = [{"role": role, "content": f"印{number}印"} for number, role in enumerate(roles)]
+    begin, asked, between, again, answered = around_turns(tokenizer, turns)
+    regular = between == answered + begin and again == asked
+    regular &= chat.render(tokenizer, turns[:3], True).endswith(turns[2]["content"] + asked)
+    role = '{{ if eq .Role "system" }}{{ $system = printf "%s\\n\\n" .Content }}'
+    if system:
+        opening, closing, *rest = around_turns(tokenizer, [{"role": "system", "content": "印"}, *turns])
+        regular &= closing.endswith(begin) and rest == [asked, between, again, answered]
+        role = f'{{{{ if eq .Role "system" }}}}{opening}{{{{ .Content }}}}{closing.removesuffix(begin)}'
+    if not regular:
+        raise RecipeError("its chat template writes turns otherwise depending on those around them")
+    role += f'{{{{ else if eq .Role "user" }}}}{begin}{{{{ $system }}}}{{{{ .Content }}}}{asked}{{{{ $system = "" }}}}'
+    role += f"{{{{ else }}}}{{{{ .Content }}}}{answered}{{{{ end }}}}"
+    return f'{{{{ $system := "" }}}}{{{{ range .Messages }}}}{role}{{{{ end }}}}'
+
+
+def around_turns(tokenizer: PreTrainedTokenizerBase, turns: chat.Turns) -> list[str]:
+    """What a chat template writes before, between and behind turns whose contents stand nowhere else, without <bos>."""
+    text, parts = chat.render(tokenizer, turns).removeprefix(tokenizer.bos_token or ""), []
+    for turn in turns:
+        before, _, text = text.partition(turn["content"])
+        parts.append(before)
+    return [*parts, text]
+
+
 def modelfile(gguf: Path, merged: Path, text_format: str) -> str:
-    """Ollama's Modelfile. Its template is Go's, so in the format "2024" it is written here; a chat template is left to
-    Ollama, which knows those of the common models.
+    """Ollama's Modelfile. Its template is Go's, so in the format "2024" it is written here, and where turns end with
+    <eos> (see `chat.settle_end`). Other chat templates are left to Ollama, which knows those of the common models.
 
     A Go template cannot raise an error with a text of its own, so it calls one that does not exist: its name is shown.
     """
@@ -182,6 +215,13 @@ def modelfile(gguf: Path, merged: Path, text_format: str) -> str:
         refusal = f'{{{{ if ne (len .Messages) 1 }}}}{{{{ template "{ONE_QUESTION}" . }}}}{{{{ end }}}}'
         question = "{{ (index .Messages 0).Content }}"
         lines += [f'TEMPLATE """{refusal}{opening}{question}{ending}"""', 'PARAMETER stop "### 質問"']
+    else:
+        tokenizer = models.load_tokenizer(str(merged))
+        if chat.end_of_turn(tokenizer) == tokenizer.eos_token_id:
+            try:
+                lines.append(f'TEMPLATE """{go_template(tokenizer)}"""')
+            except RecipeError as error:
+                print(f"Ollama is left to guess the chat template ({error}): compare `ollama show --template`")
     lines.append(f"PARAMETER num_ctx {context(merged)}")
     lines.append(f"PARAMETER temperature {settings.get('temperature', 1) if settings.get('do_sample') else 0}")
     lines += [f"PARAMETER {name} {settings[name]}" for name in ("top_k", "top_p", "min_p") if name in settings]

@@ -20,7 +20,7 @@ import export
 import helpers
 from helpers import RecipeError
 
-formats, gguf = helpers.formats, helpers.gguf
+chat, formats, gguf = helpers.chat, helpers.formats, helpers.gguf
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 512, "rope_theta": 5e5}
@@ -164,6 +164,52 @@ def test_go_renders_one_question_and_refuses_more(tmp_path):
             assert (done.returncode, done.stdout) == (0, helpers.sft_text(question["Content"], "", ""))
         else:
             assert (done.returncode, done.stdout) == (1, "") and formats.ONE_QUESTION in done.stderr
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GEMMA = helpers.models.GEMMA_CHAT_TEMPLATE.replace("<end_of_turn>", "<eos>")
+TURNS = [
+    {"role": "system", "content": "簡潔に"},
+    {"role": "user", "content": '絵文字😀𠮷\n{{ .System }} と "引用" <b> {% x %}'},
+    {"role": "assistant", "content": "はい"},
+    {"role": "user", "content": "高さは？"},
+]
+
+
+def chat_tokenizer(template):
+    tokenizer = gemma_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.skipif(not shutil.which("go"), reason="there is no Go")
+@pytest.mark.parametrize("template", [GEMMA, CHATML])
+@pytest.mark.parametrize("turns", [TURNS[1:2], TURNS[1:], TURNS])
+def test_go_renders_a_conversation_as_the_training_did(template, turns, tmp_path):
+    tokenizer = chat_tokenizer(template)
+    (tmp_path / "render.go").write_text(RENDER)
+    messages = [{"Role": turn["role"], "Content": turn["content"]} for turn in turns]
+    command = ["go", "run", "render.go", gguf.go_template(tokenizer), json.dumps({"Messages": messages})]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    given = turns if template == CHATML else chat.without_system(turns)
+    assert "<bos>" + done.stdout == chat.render(tokenizer, given, answer_follows=True)
+
+
+def test_ollama_gets_a_chat_template_where_turns_end_with_eos(tmp_path, capsys):
+    """It would take Gemma's for Gemma's with <eos>; where it must guess, this is said."""
+    folder = exported(tmp_path / "m", text_format="chat")
+    assert "TEMPLATE" not in gguf.modelfile(tmp_path / "x.gguf", folder, "chat")
+    for template, begins in ((GEMMA, "<start_of_turn>user\n"), (CHATML, "<|im_start|>user\n")):
+        chat_tokenizer(template).save_pretrained(folder)
+        written = ollama_template(gguf.modelfile(tmp_path / "x.gguf", folder, "chat"))
+        assert begins + "{{ $system }}{{ .Content }}<eos>\n" in written and "<bos>" not in written
+    of_its_own = "{{ bos_token }}{% if messages[0]['role'] != 'system' %}{{ 'You are Qwen.' }}{% endif %}"
+    chat_tokenizer(CHATML.replace("{{ bos_token }}", of_its_own)).save_pretrained(folder)
+    assert "TEMPLATE" not in gguf.modelfile(tmp_path / "x.gguf", folder, "chat")
+    assert "Ollama is left to guess the chat template" in capsys.readouterr().out
 
 
 TEXTS = ["1 + 1 は？", "日本で一番高い山は\n\n富士山です。  空白", "絵文字😀👨\u200d👩\u200d👧と𠮷 {x}"]
