@@ -467,11 +467,10 @@ def repeated_text(text: str) -> str:
 
 
 def repeats_question(texts: Mapping[str, str]) -> bool:
-    """Whether the first answer is the question, or holds it as a whole: to its end mark, or as its first line or
-    sentence. A part of it may be restated.
-    """
-    question, answer = texts["instruction"].strip(), texts["response"].strip()
-    whole = len(question) >= 8 and question[-1] in "。？?" and question in answer
+    """Whether the first answer is the question or holds it whole: to its end mark, or as its first line or sentence."""
+    question, answer = "".join(texts["instruction"].split()), texts["response"].strip()
+    asked = question.rstrip("。") if question.endswith(("ください。", "でしょうか。", "なさい。")) else question
+    whole = len(question) >= 8 and question[-1] in "。？?" and asked in "".join(answer.split())
     parts = (answer, *(re.split(end, answer, maxsplit=1)[0] for end in ("\n", "[。？?！!\n]") if len(question) >= 8))
     bare = [re.sub(r"[\W_]", "", text[: 2 * len(question)]) for text in (question, *parts)]
     return whole or bare[0] in bare[1:]

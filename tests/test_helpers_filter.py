@@ -558,6 +558,7 @@ CAUGHT = {
         "\nアシスタント：",
         "assistantfinal",
         "\n人間：夏は？\nAI：海です。",
+        "\n入力：\n夏は？\n出力：\n海です。",
     ],
     "foreign words": [
         "とmuy divertido y lleno",
@@ -565,28 +566,67 @@ CAUGHT = {
         "très bienです",
         "海で dengan 遊びます。",
         "planをmakeします。",
+        "骨はCCVI本です。",
     ],
-    "Chinese": ["所以，冬天很美", "因此、", "以上就是四季的特色。", "我們去公園。", "人人不同自行注意。"],
+    "Chinese": [
+        "所以，冬天很美",
+        "因此、",
+        "以上就是四季的特色。",
+        "我們去公園。",
+        "人人不同自行注意。",
+        "最后に",
+        "五加八等於十三",
+    ],
     "code": ["\n```python", "\nimport numpy as np"],
     "JSON": ['{"name": 1}'],
-    "HTML": ["<ul><li>桜", "&nbsp;", "<blockquote>"],
-    "address": ["www.example.co.jp", "info@example.com", "03-0000-0000", "https://a", "@hanako_88", "youtu.be/a1b2c3"],
+    "HTML": ["<ul><li>桜", "&nbsp;", "<blockquote>", "<br>です。", "<!-- 桜 -->"],
+    "address": [
+        "www.example.co.jp",
+        "info@example.com",
+        "03-0000-0000",
+        "https://a",
+        "@hanako_88",
+        "youtu.be/a1b2c3",
+        "普通 1234567",
+    ],
     "broken encoding": ["譁蟄怜喧縺代〒縺吶", "?????", "\\u65e5\\u672c", "ã“ã‚"],
     "self-mention of an AI": [
         "私はOpenAIによって開発されました。",
         "AIとして、私は",
         "私の知識は2021年までです。",
         "私はAIなので",
+        "人工知能である当方は",
+        "私は人間ではありませんが、",
+        "Googleが開発したモデルとして、",
     ],
-    "refusal": ["その質問にはお答えできません。", "I'm sorry, but", "個人情報は提供できません。"],
-    "placeholder": ["[ここに回答を入力]", "（以下略）", "{{answer}}", "担当は【氏名】です。", "〇月〇日です。"],
-    "about the answer itself": ["以下は日本語の回答です：", "この回答はモデルによって生成されました。"],
+    "refusal": [
+        "その質問にはお答えできません。",
+        "I'm sorry, but",
+        "個人情報は提供できません。",
+        "医療に関する助言は差し控えさせていただきます。",
+        "安全上の理由から手順を教えることは認められておりません。",
+        "要約する文が見当たりません。",
+    ],
+    "placeholder": [
+        "[ここに回答を入力]",
+        "（以下略）",
+        "{{answer}}",
+        "担当は【氏名】です。",
+        "XX月XX日です。",
+        "約〈時間を入力〉時間です。",
+    ],
+    "about the answer itself": [
+        "以下は日本語の回答です：",
+        "この回答はモデルによって生成されました。",
+        "この詩はAIが生成したものです。",
+    ],
     "cut off": [
         "\n秋には紅葉狩りに出かけるのがおすすめで、とくに京都の",
         "\n春には花を見に出かけ、夏には海や山で遊び、",
         "\n1. 花見\n2. ",
         "\n春は花見です。夏は海で遊び",
         "\n春は花見です。夏は海、秋は紅葉、冬は雪景",
+        "\n春は花見です。これを「デフレス",
     ],
 }
 
@@ -613,6 +653,9 @@ GOOD = [
     "南の島です。火山活動は終わり、いまの形になったと考えられる",
     "明日の会議は三時からです。よろしくお願いいたします。以上",
     "これで時間も費用も節約できます。一石二鳥。大切なのは続けること、そして楽しむこと",
+    "令和〇年〇月〇日\n〇〇〇〇株式会社　〇〇様\n下記のとおりご案内申し上げます。",
+    "友のために私は、AIは優しいが人ではないと書いた。改行は `<br>` と `<p>` タグで書きます。",
+    "| 品 | 量 |\n|---|---|\n| 卵 | 2個<br>（大） |",
     "São PauloやBeyoncé、 café を知っています。ASP.NETやNode.jsも使います。",
 ]
 
@@ -623,7 +666,8 @@ def test_good_answers_that_resemble_bad_ones_stay(tmp_path, answer):
 
 
 def test_whole_answers_that_ask_or_are_chinese_go_and_advice_stays(tmp_path):
-    asks = ["どのような点を改善したいですか？", "もう少し詳しく教えていただけますか？", "ご要望をお聞かせください。"]
+    asks = ["どの分野がお好きですか。小説でしょうか、それとも詩でしょうか。", "いくつですか？身長も教えてください。"]
+    asks += ["どのような点を改善したいですか？", "もう少し詳しく教えていただけますか？", "ご要望をお聞かせください。"]
     chinese = "水的化学式是H2O。"
     advice = [
         "深呼吸を三回してください。",
@@ -674,6 +718,9 @@ def test_an_answer_that_holds_the_whole_question_is_no_answer(tmp_path):
     ):
         assert {reason for reason, _ in judged(tmp_path, answer, question=question).values()} == echo
     assert not judged(tmp_path, "日本で一番高い山は富士山です。", question=question)
+    request = "次の条件で献立を考えてください。条件：野菜を使うこと。山の高さも教えてください。"
+    copied = request.replace("。条件", "。\n条件").removesuffix("。") + "とのことですが、富士山です。"
+    assert {reason for reason, _ in judged(tmp_path, copied, question=request).values()} == echo
     assert not judged(tmp_path, "富士山", question="日本一の山は？")
 
 
