@@ -7,6 +7,7 @@ import re
 import unicodedata
 from contextlib import suppress
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ def load(path: str | Path) -> FilterRules:
         if values["plain_looks"]:  # a string in another Unicode form than the texts would never be found in them
             values |= {name: composed(values[name]) for name in ("ng", "replacements", "patterns")}
         check_patterns(values["patterns"])
+        values["patterns"] = {
+            scope: {name: list(chain(*map(spelled_out, parts))) for name, parts in named.items()}
+            for scope, named in values["patterns"].items()
+        }
         return FilterRules(**values)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         problem = error if isinstance(error, RecipeError) else f"it holds no rules ({first_line(error)})"
@@ -91,3 +96,16 @@ def usable(expression: str) -> bool:
         pattern = re.compile(f"(?:{expression})")
         return "|" not in outside and not pattern.groups and not pattern.match("")
     return False
+
+
+def spelled_out(expression: str) -> list[str]:
+    """A usable regular expression as several without a choice at its beginning, which are found much faster (see
+    `helpers.any_expression`): `(?:a|b)c` as `ac` and `bc`, `[ab]c` likewise.
+    """
+    if found := re.match(r"\(\?:([^()\[\]\\]+)\)(?![?*+{])", expression):
+        choices = found[1].split("|")
+    elif found := re.match(r"\[([^\[\]\\^-]{1,8})\](?![?*+{])", expression):
+        choices = [re.escape(character) for character in found[1]]
+    else:
+        return [expression]
+    return [one for choice in choices for one in spelled_out(choice + expression[found.end() :])]

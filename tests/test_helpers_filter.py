@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
+from itertools import chain
 from pathlib import Path
 
 import pycld2
@@ -640,6 +641,29 @@ CAUGHT = {
 def test_patterns_catch(tmp_path, name, tail):
     result = Result(tmp_path, [talk(QUESTION, JAPANESE + tail)], REVIEWED)
     assert name in {result.dropped[0]["reason"], *(rule["reason"] for rule in result.report["rules"])}
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("(?:ab|c)d?", ["abd?", "cd?"]),
+        ("[xy?]z", ["xz", "yz", r"\?z"]),
+        ("(?:a|[bc])d", ["(?:a|[bc])d"]),
+        ("(?:[ab]|c)d", ["(?:[ab]|c)d"]),
+        *[(text, [text]) for text in ("(?:a|b)?c", "[a-z]b", "[^ab]c", "(?:a(?:b|c)|d)e", "a(?:b|c)", "[ab]+c")],
+    ],
+)
+def test_a_choice_at_the_beginning_is_spelled_out(expression, expected):
+    assert helpers.rules.spelled_out(expression) == expected
+
+
+def test_spelled_out_expressions_find_what_the_whole_ones_do():
+    texts = [JAPANESE, *GOOD, *chain(*CAUGHT.values())]
+    for named in json.loads((ROOT / "data/filter_rules_reviewed.json").read_text("utf-8"))["patterns"].values():
+        for expression in chain(*named.values()):
+            parts = helpers.rules.spelled_out(expression)
+            for text in texts:
+                assert any(re.search(part, text) for part in parts) == bool(re.search(expression, text))
 
 
 GOOD = [
