@@ -318,12 +318,12 @@ def is_japanese(character: str) -> bool:
 
 def any_expression(expressions: Iterable[str]) -> list[re.Pattern]:
     """Patterns one of which finds something if one of the expressions does; joining those that begin with an ordinary
-    character is fast. None of them holds | outside brackets, see `engine/rules.py`.
+    character, or at the beginning, is fast. None of them holds | outside brackets, see `engine/rules.py`.
     """
-    joined, others = {True: defaultdict(list), False: defaultdict(list)}, []
+    joined, others = defaultdict(lambda: defaultdict(list)), []
     for expression in expressions:
-        if first := re.match(r"(\\\W|[^\\\[\](){}.^$*+?|])(?![*?+{])", expression):
-            joined[first[0].isascii()][first[0]].append(expression[first.end() :])
+        if first := re.match(r"(\\[An]|\\\W|[^\\\[\](){}.^$*+?|])(?![*?+{])", expression):
+            joined[r"\A" if first[0] == r"\A" else first[0].isascii()][first[0]].append(expression[first.end() :])
         else:
             others.append(expression)
     both = ("|".join(f"{first}(?:{'|'.join(rest)})" for first, rest in after.items()) for after in joined.values())
