@@ -173,7 +173,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """A chat template in Go's language, for Ollama, which puts <bos> there itself; RecipeError if it writes a turn
     otherwise depending on those around it.
 
-    A system text is one of the turns, or stands before the next question where the template refuses it.
+    A system text is one of the turns, or stands before the next question: there, or where the template refuses it.
     """
     system = chat.prepare(tokenizer)
     roles = ["user", "assistant", "user", "assistant"]
@@ -181,11 +181,17 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     begin, asked, between, again, answered = around_turns(tokenizer, turns)
     regular = between == answered + begin and again == asked
     regular &= chat.render(tokenizer, turns[:3], True).endswith(turns[2]["content"] + asked)
-    role = '{{ if eq .Role "system" }}{{ $system = printf "%s\\n\\n" .Content }}'
+    glue, role = "\n\n", ""  # between a system text and the question behind it
     if system:
         opening, closing, *rest = around_turns(tokenizer, [{"role": "system", "content": "印"}, *turns])
-        regular &= closing.endswith(begin) and rest == [asked, between, again, answered]
-        role = f'{{{{ if eq .Role "system" }}}}{opening}{{{{ .Content }}}}{closing.removesuffix(begin)}'
+        regular &= rest == [asked, between, again, answered]
+        if closing.endswith(begin):
+            role = f'{{{{ if eq .Role "system" }}}}{opening}{{{{ .Content }}}}{closing.removesuffix(begin)}'
+        else:  # the template puts it before the question itself
+            regular &= opening == begin
+            glue = closing
+    joined = json.dumps(f"%s{glue}", ensure_ascii=False)
+    role = role or f'{{{{ if eq .Role "system" }}}}{{{{ $system = printf {joined} .Content }}}}'
     if not regular:
         raise RecipeError("its chat template writes turns otherwise depending on those around them")
     role += f'{{{{ else if eq .Role "user" }}}}{begin}{{{{ $system }}}}{{{{ .Content }}}}{asked}{{{{ $system = "" }}}}'

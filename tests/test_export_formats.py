@@ -171,6 +171,12 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 GEMMA = helpers.models.GEMMA_CHAT_TEMPLATE.replace("<end_of_turn>", "<eos>")
+FOLDING = (  # as Gemma 3's: a system text stands before the first question
+    "{{ bos_token }}{% set system = messages[0]['role'] == 'system' %}"
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ '<start_of_turn>' + m['role'] + '\n' }}"
+    "{{ messages[0]['content'] + ' / ' if system and loop.index == 2 else '' }}{{ m['content'] + '<eos>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}"
+)
 TURNS = [
     {"role": "system", "content": "簡潔に"},
     {"role": "user", "content": '絵文字😀𠮷\n{{ .System }} と "引用" <b> {% x %}'},
@@ -186,7 +192,7 @@ def chat_tokenizer(template):
 
 
 @pytest.mark.skipif(not shutil.which("go"), reason="there is no Go")
-@pytest.mark.parametrize("template", [GEMMA, CHATML])
+@pytest.mark.parametrize("template", [GEMMA, CHATML, FOLDING])
 @pytest.mark.parametrize("turns", [TURNS[1:2], TURNS[1:], TURNS])
 def test_go_renders_a_conversation_as_the_training_did(template, turns, tmp_path):
     tokenizer = chat_tokenizer(template)
@@ -194,7 +200,7 @@ def test_go_renders_a_conversation_as_the_training_did(template, turns, tmp_path
     messages = [{"Role": turn["role"], "Content": turn["content"]} for turn in turns]
     command = ["go", "run", "render.go", gguf.go_template(tokenizer), json.dumps({"Messages": messages})]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    given = turns if template == CHATML else chat.without_system(turns)
+    given = chat.without_system(turns) if template == GEMMA else turns
     assert "<bos>" + done.stdout == chat.render(tokenizer, given, answer_follows=True)
 
 
