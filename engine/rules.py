@@ -7,6 +7,7 @@ import re
 import unicodedata
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def check_patterns(patterns: dict[str, dict[str, list[str]]]) -> None:
                     raise RecipeError(f"patterns, {name[:60]!r}: {part[:60]!r} must be {wanted}")
 
 
+@cache
 def usable(expression: str) -> bool:
     """Whether a regular expression can be joined with others by |."""
     outside = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "", expression)
