@@ -222,16 +222,17 @@ def settle_end(tokenizer: PreTrainedTokenizerBase, matrix: torch.Tensor | None, 
         return print(f"whether this base has learnt {names} cannot be read from its checkpoint")
     if max(last, *ends) >= len(matrix):
         raise RecipeError(f"the tokenizer has tokens that the model has not, such as {names}: name another model")
-    known = {token: is_known(matrix, token) for token in {last, *ends}}
-    if all(known[token] for token in ends):
+    unknown = [token for token in ends if not is_known(matrix, token)]
+    if not unknown:
         return
     if text_format == "2024":
         return print(f"this base has not learnt {names}, with which texts end: few answers will end by themselves")
-    for token in tokenizer.convert_ids_to_tokens([token for token in ends if not known[token]]):
+    for token in tokenizer.convert_ids_to_tokens(unknown):
         tokenizer.chat_template = tokenizer.chat_template.replace(token, tokenizer.eos_token)
-    if not all(known.get(token) for token in ends_of_turn(tokenizer)):
+    last_known = last not in unknown and is_known(matrix, last)
+    if not last_known or not set(unknown).isdisjoint(ends_of_turn(tokenizer)):
         advice = "name the instruct model that the template belongs to"
-        advice += ', or set text_format = "2024"' if known[last] else ""
+        advice += ', or set text_format = "2024"' if last_known else ""
         raise RecipeError(f"this base has not learnt {names}, with which answers end in its chat template: {advice}")
     print(f"this base has not learnt {names}: turns end with {tokenizer.eos_token} instead")
 
@@ -257,8 +258,9 @@ def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of the control tokens that a chat template writes at the end of an answer, in their order."""
     prepare(tokenizer)
     turns = [{"role": "user", "content": "山"}, {"role": "assistant", "content": "川"}]
-    controls = set(control_tokens(tokenizer).values())
-    return [label for label in example(tokenizer, turns).labels if label in controls]
+    controls = control_tokens(tokenizer)
+    special = set(controls.values())
+    return [label for label in example(tokenizer, turns, controls=controls).labels if label in special]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -52,8 +52,11 @@ def token_rules(
     penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
 
     def penalize(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        spared = torch.tensor([n for n in ends if 0 <= n < scores.shape[1]], dtype=torch.long, device=scores.device)
-        return penalty(ids, scores).index_copy(1, spared, scores[:, spared])
+        penalized = penalty(ids, scores)
+        for end in ends:
+            if 0 <= end < scores.shape[1]:
+                penalized[:, end] = scores[:, end]
+        return penalized
 
     rules = LogitsProcessorList([penalize])
     if banned:

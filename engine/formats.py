@@ -136,7 +136,6 @@ def save_generation_config(
     own = GenerationConfig.from_pretrained(folder)
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     if text_format == "chat":
-        chat.prepare(tokenizer)
         ends.append(chat.end_of_turn(tokenizer))
     ends = sorted({tokenizer.eos_token_id, *ends} - {None})
     kept = ["do_sample", "temperature", "top_k", "top_p", "min_p"] if text_format == "chat" and own.do_sample else []

@@ -208,8 +208,9 @@ def score_matrix(name: str, commit: str, config: PreTrainedConfig) -> torch.Tens
     for path in filter(None, (hub.find_file(name, commit, str(file)) for file in sorted(files))):
         try:
             with safe_open(path, "pt") as tensors:
-                for own in [key for key in tensors.keys() if f".{key}".endswith(f".{ending}")]:  # noqa: SIM118
-                    found = tensors.get_tensor(own)
+                keys = [key for key in tensors.keys() if f".{key}".endswith(f".{ending}")]  # noqa: SIM118
+                if keys:
+                    found = tensors.get_tensor(keys[0])
                     return found if found.is_floating_point() and found.shape[1:] == module.weight.shape[1:] else None
         except SafetensorError as error:
             raise RecipeError(f"{name}: its weights cannot be read ({first_line(error)}); fetch it again") from None

@@ -159,7 +159,8 @@ def test_an_attention_that_fails_gives_way_to_the_next_one_in_training(model, co
     compiled_by(attend)
     texts = [torch.randint(4, 512, (length,)).tolist() for length in LENGTHS[:2]]
     assert helpers.rows.switch_on(model, texts)
-    *_, line = capsys.readouterr().out.splitlines()  # on a GPU the first one may be of another kernel
+    *others, line = capsys.readouterr().out.splitlines()
+    assert not others or torch.cuda.is_available()  # there the first one may be of another kernel
     assert said[attend] in line and line.endswith("each text is computed by itself, which is slower")
     assert helpers.attention.ways(model.device) == [helpers.attention.text_by_text]
     assert model.config._attn_implementation == "examples"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_chat
 import torch
 from conftest import ROOT
 from families import FAMILIES, gemma_tokenizer, llama2_tokenizer, llama3_tokenizer, llmjp_tokenizer, make_checkpoint
@@ -166,10 +167,7 @@ def test_go_renders_one_question_and_refuses_more(tmp_path):
             assert (done.returncode, done.stdout) == (1, "") and formats.ONE_QUESTION in done.stderr
 
 
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML = "{{ bos_token }}" + test_chat.CHATML.replace("<|im_end|>", "' + eos_token + '")
 GEMMA = helpers.models.GEMMA_CHAT_TEMPLATE.replace("<end_of_turn>", "<eos>")
 FOLDING = (  # as Gemma 3's: a system text stands before the first question
     "{{ bos_token }}{% set system = messages[0]['role'] == 'system' %}"
